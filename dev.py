@@ -1,0 +1,104 @@
+"""Set-up commands for developers: ``python dev.py demo``, ``python dev.py test``.
+
+Runs on any Python from 3.10 without anything installed. A command first finds ComfyUI and makes (or finds again) a
+virtual environment in a cache folder, then runs itself once more inside that environment.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from devtools.hosts import Host
+
+ROOT = Path(os.path.abspath(__file__)).parent
+
+INSIDE = "--inside-environment"
+"""The first argument of the second run."""
+
+USAGE = """\
+usage: python dev.py COMMAND [arguments]
+
+  demo    make an image from a GGUF file in a real ComfyUI; --help lists its options
+  test    run the tests, all tiers; --tier NAME picks some, arguments after -- go to pytest
+  bench   measure speed and memory beside dense weights, for the README; --help lists its options
+  fuzz    feed damaged GGUF files to the reader; --help lists its options
+
+COMFYUI_PATH names the ComfyUI to use, AURAFLOW_GGUF_EXTRA_HOSTS further ones to test in,
+AURAFLOW_GGUF_CACHE the folder for the environment and the models.
+"""
+
+
+def demo(arguments: list[str], hosts: list[Host]) -> int:
+    return importlib.import_module("auraflow_gguf.devtools.demo").main(arguments, hosts)
+
+
+def test(arguments: list[str], hosts: list[Host]) -> int:
+    return importlib.import_module("auraflow_gguf.devtools.tiers").main(arguments, hosts)
+
+
+def fuzz(arguments: list[str], hosts: list[Host]) -> int:
+    return subprocess.call([sys.executable, "-m", "tests.fuzz.run", *arguments], cwd=ROOT)
+
+
+def bench(arguments: list[str], hosts: list[Host]) -> int:
+    return importlib.import_module("auraflow_gguf.benchmarks.run").main(arguments, hosts)
+
+
+COMMANDS: dict[str, Callable[[list[str], list[Host]], int]] = {
+    "demo": demo,
+    "test": test,
+    "bench": bench,
+    "fuzz": fuzz,
+}
+
+
+def register_pack() -> None:
+    """Makes the pack importable as ``auraflow_gguf``, whatever its folder is called."""
+    spec = importlib.util.spec_from_file_location(
+        "auraflow_gguf", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)]
+    )
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["auraflow_gguf"] = module
+    spec.loader.exec_module(module)
+
+
+def main(argv: list[str]) -> int:
+    inside = argv[:1] == [INSIDE]
+    command, *arguments = argv[inside:] or ["--help"]
+    if command not in COMMANDS:
+        print(USAGE)
+        return 0 if command in ("-h", "--help") else 2
+    register_pack()
+    from auraflow_gguf.devtools import environment, hosts
+
+    try:
+        found = hosts.find_hosts(ROOT, clone=not inside)
+        if inside:
+            return COMMANDS[command](arguments, found)
+        python = environment.ensure(ROOT, hosts.newest(found))
+    except (hosts.HostError, environment.SetUpError) as error:
+        print(f"dev.py: {error}", file=sys.stderr)
+        return 1
+    process = subprocess.Popen([str(python), str(ROOT / "dev.py"), INSIDE, command, *arguments])
+    while True:
+        # Ctrl-C reaches the second run too, which cleans up and ends by itself.
+        with contextlib.suppress(KeyboardInterrupt):
+            return process.wait()
+
+
+if __name__ == "__main__":
+    if sys.version_info < (3, 10):  # noqa: UP036 (pip did not check it here)
+        sys.exit("dev.py needs Python 3.10 or newer")
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,78 @@
+"""``dev.py demo``: a GGUF file, a real ComfyUI with the pack in it, a prompt, an image."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from . import random_models
+from .cache import cache_folder
+from .hosts import Host
+
+
+def main(arguments: list[str], hosts: list[Host]) -> int:
+    parser = argparse.ArgumentParser(prog="dev.py demo", description=__doc__)
+    parser.add_argument("--keep", action="store_true", help="leave the server up, for the browser")
+    parser.add_argument("--model", type=_file, help="an AuraFlow GGUF file (else: two layers of random weights)")
+    parser.add_argument("--text-encoder", type=_file, help="Pile-T5-XL (else: random weights)")
+    parser.add_argument("--vae", type=_file, help="SDXL's VAE (else: random weights)")
+    parser.add_argument("--prompt", help="what to paint")
+    parser.add_argument("--steps", type=int, default=4, help="of the sampler, default 4; real models want 20 or more")
+    options = parser.parse_args(arguments)
+    output = cache_folder() / "output"
+    output.mkdir(parents=True, exist_ok=True)
+    if hosts:
+        return _in_comfyui(hosts[0], options, output)
+    print("No ComfyUI was found and none could be cloned: running the GGUF file through diffusers instead.")
+    print("Set COMFYUI_PATH to a ComfyUI folder for the demo in ComfyUI.", flush=True)
+    from .diffusers_demo import paint_latents
+
+    print(paint_latents(options.model or random_models.cached_auraflow(), output, options.steps))
+    return 0
+
+
+def _file(text: str) -> Path:
+    path = Path(text).expanduser().absolute()
+    if not path.is_file():
+        raise argparse.ArgumentTypeError(f"there is no file {path}")
+    return path
+
+
+def _in_comfyui(host: Host, options: argparse.Namespace, output: Path) -> int:
+    from .server import PromptError, Server, ServerError, load_workflow, set_inputs
+
+    model = options.model or random_models.cached_auraflow()
+    text_encoder = options.text_encoder or random_models.cached_text_encoder()
+    vae = options.vae or random_models.cached_vae()
+    workflow = load_workflow("text_to_image")
+    set_inputs(workflow, "AuraFlowGGUFLoader", model_name=model.name)
+    set_inputs(workflow, "CLIPLoader", clip_name=text_encoder.name)
+    set_inputs(workflow, "VAELoader", vae_name=vae.name)
+    set_inputs(workflow, "KSampler", steps=options.steps)
+    if options.prompt:
+        workflow["positive"]["inputs"]["text"] = options.prompt
+
+    models = {"diffusion_models": model.parent, "text_encoders": text_encoder.parent, "vae": vae.parent}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as base:
+        server = Server(host, Path(base), models, output)
+        print(f"Starting ComfyUI {host.version} from {host.path}", flush=True)
+        try:
+            with server:
+                images = server.prompt(workflow, _show)
+                print(*images, sep="\n", flush=True)
+                if options.keep:
+                    print(f"ComfyUI is at {server.url}; press Ctrl-C to end it.", flush=True)
+                    server.wait()
+        except PromptError as error:
+            print(f"The workflow failed. {error}\nThe end of the server's log:\n{server.log_tail()}", file=sys.stderr)
+            return 1
+        except ServerError as error:
+            print(error, file=sys.stderr)
+            return 1
+    return 0
+
+
+def _show(node: str, step: int, steps: int) -> None:
+    print(f"  {node} {step}/{steps}", flush=True)

@@ -1,0 +1,220 @@
+"""Makes model files of seeded random weights: right in names, shapes and size, and finite in their output."""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Literal
+
+import torch
+
+from ..loader.architecture import Size
+from ..loader.auraflow import AURAFLOW
+from ..quantizer.convert import convert
+from .cache import cache_folder, locked
+
+VERSION = 1
+"""Part of the cached files' names: to be raised when what is in them changes."""
+
+Shapes = dict[str, tuple[int, ...]]
+
+_SAFETENSORS_DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+
+
+def cached_auraflow() -> Path:
+    """AuraFlow of one double and one single layer at full width as a Q4_K_M GGUF file, made if it is lacking."""
+
+    def make(target: Path) -> None:
+        source = target.with_suffix(".safetensors")
+        make_auraflow(source, double_layers=1, single_layers=1, seed=0)
+        convert(source, target, "Q4_K_M")
+
+    return _cached("diffusion_models", "random-auraflow-1-1-Q4_K_M.gguf", make)
+
+
+def cached_text_encoder() -> Path:
+    """A Pile-T5-XL text encoder, made if it is lacking."""
+    return _cached("text_encoders", "random-pile-t5-xl.safetensors", make_text_encoder)
+
+
+def cached_vae() -> Path:
+    """An SDXL VAE, made if it is lacking."""
+    return _cached("vae", "random-sdxl-vae.safetensors", make_vae)
+
+
+def _cached(kind: str, name: str, make: Callable[[Path], None]) -> Path:
+    stem, suffix = name.rsplit(".", 1)
+    target = cache_folder() / "models" / kind / f"{stem}.v{VERSION}.{suffix}"
+    with locked(target.with_name(f"{target.name}.lock")):
+        if not target.exists():
+            print(f"Making {target} (once; it may take some minutes)", flush=True)
+            with TemporaryDirectory(dir=target.parent) as folder:
+                make(Path(folder) / name)
+                (Path(folder) / name).replace(target)
+    return target
+
+
+def make_auraflow(
+    path: Path,
+    double_layers: int,
+    single_layers: int,
+    seed: int,
+    spelling: Literal["native", "diffusers"] = "native",
+    dtype: torch.dtype = torch.bfloat16,
+    positional: int = 4096,
+) -> None:
+    """Writes an AuraFlow transformer at full width as a safetensors file.
+
+    Args:
+        path: the file; overwritten.
+        double_layers, single_layers: how many of each.
+        seed: the same seed gives the same weights in both spellings.
+        spelling: of the tensors' names. In diffusers' the halves of ``norm_out.linear`` stand the other way round.
+        dtype: of all tensors: float32, float16 or bfloat16.
+        positional: N, the square number of positional encodings.
+    """
+
+    natives = auraflow_shapes(double_layers, single_layers, positional)
+    names = {AURAFLOW.spell(native, spelling) if spelling == "diffusers" else native: native for native in natives}
+
+    def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        row, _ = AURAFLOW.find(names[name], "native")
+        weight = random_weight(names[name], shape, seed)
+        return weight.roll(shape[0] // 2, dims=0) if row.swap_halves and spelling == "diffusers" else weight
+
+    shapes = {name: natives[native] for name, native in names.items()}
+    write_safetensors(path, shapes, values, dtype)
+
+
+def auraflow_shapes(double_layers: int, single_layers: int, positional: int = 4096) -> Shapes:
+    """Shapes of AuraFlow's required tensors by native name, at ComfyUI's width."""
+    sizes = {**AURAFLOW.fixed, "positional_encoding_length": positional}
+    layers = {"double_layers": double_layers, "single_layers": single_layers}
+    return {
+        row.name("native", layer): tuple(s.times * sizes[s.dimension] if isinstance(s, Size) else s for s in row.shape)
+        for row in AURAFLOW.rows
+        if row.required
+        for layer in (range(layers[row.stack]) if row.stack else [None])
+    }
+
+
+def make_text_encoder(path: Path, seed: int = 0) -> None:
+    """Writes a Pile-T5-XL encoder (2.4 GB, float16) with the names of the published files."""
+    shapes = text_encoder_shapes()
+    write_safetensors(path, shapes, lambda name, shape: random_weight(name, shape, seed), torch.float16)
+
+
+def make_vae(path: Path, seed: int = 0) -> None:
+    """Writes SDXL's VAE (335 MB, float32) with the names of the published files."""
+    write_safetensors(path, vae_shapes(), lambda name, shape: random_weight(name, shape, seed), torch.float32)
+
+
+def random_weight(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """``shape`` float32, seeded by ``seed`` and ``name``: norms around 1, biases around 0 with deviation 0.02, all
+    else normal with deviation 1/√(inputs), which keeps the size of what passes through."""
+    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed << 32 | zlib.crc32(name.encode())))
+    if len(shape) == 1:
+        return noise.mul_(0.02).add_(1.0 if name.endswith(".weight") else 0.0)
+    inputs = shape[1:] if len(shape) == 4 else shape[-1:]
+    return noise.div_(math.sqrt(math.prod(inputs)))
+
+
+def write_safetensors(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    values: Callable[[str, tuple[int, ...]], torch.Tensor],
+    dtype: torch.dtype,
+) -> None:
+    """Writes a safetensors file tensor by tensor, so that no more than one is in memory.
+
+    Args:
+        path: the file; overwritten.
+        shapes: of every tensor, in file order.
+        values: called with name and shape, gives the tensor in any dtype.
+        dtype: what is stored: float32, float16 or bfloat16.
+    """
+    header, end = {}, 0
+    for name, shape in shapes.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _SAFETENSORS_DTYPES[dtype], "shape": shape, "data_offsets": [begin, end]}
+    head = json.dumps(header).encode()
+    with open(path, "wb") as file:
+        file.write(len(head).to_bytes(8, "little") + head)
+        for name, shape in shapes.items():
+            values(name, shape).to(dtype).flatten().view(torch.uint8).numpy().tofile(file)
+
+
+def text_encoder_shapes() -> Shapes:
+    """Shapes of Pile-T5-XL's encoder; ComfyUI's ``comfy/text_encoders/t5_pile_config_xl.json``."""
+    hidden, mlp, heads, buckets = 2048, 5120, 32, 32
+    shapes: Shapes = {"shared.weight": (32128, hidden)}
+    for index in range(24):
+        attention, feed_forward = (f"encoder.block.{index}.layer.{part}" for part in (0, 1))
+        for projection in "qkvo":
+            shapes[f"{attention}.SelfAttention.{projection}.weight"] = (hidden, hidden)
+        shapes[f"{attention}.SelfAttention.relative_attention_bias.weight"] = (buckets, heads)
+        shapes[f"{attention}.layer_norm.weight"] = (hidden,)
+        shapes[f"{feed_forward}.DenseReluDense.wi_0.weight"] = (mlp, hidden)
+        shapes[f"{feed_forward}.DenseReluDense.wi_1.weight"] = (mlp, hidden)
+        shapes[f"{feed_forward}.DenseReluDense.wo.weight"] = (hidden, mlp)
+        shapes[f"{feed_forward}.layer_norm.weight"] = (hidden,)
+    shapes["encoder.final_layer_norm.weight"] = (hidden,)
+    return shapes
+
+
+def vae_shapes() -> Shapes:
+    """Shapes of SDXL's VAE; ComfyUI's ``comfy/ldm/modules/diffusionmodules/model.py``."""
+    widths, latent = (128, 256, 512, 512), 4
+    shapes: Shapes = {}
+
+    def convolution(name: str, width_in: int, width_out: int, kernel: int = 3) -> None:
+        shapes[f"{name}.weight"] = (width_out, width_in, kernel, kernel)
+        shapes[f"{name}.bias"] = (width_out,)
+
+    def norm(name: str, width: int) -> None:
+        shapes[f"{name}.weight"] = shapes[f"{name}.bias"] = (width,)
+
+    def residual(name: str, width_in: int, width_out: int) -> None:
+        norm(f"{name}.norm1", width_in)
+        convolution(f"{name}.conv1", width_in, width_out)
+        norm(f"{name}.norm2", width_out)
+        convolution(f"{name}.conv2", width_out, width_out)
+        if width_in != width_out:
+            convolution(f"{name}.nin_shortcut", width_in, width_out, kernel=1)
+
+    def middle(name: str) -> None:
+        residual(f"{name}.block_1", widths[-1], widths[-1])
+        norm(f"{name}.attn_1.norm", widths[-1])
+        for projection in ("q", "k", "v", "proj_out"):
+            convolution(f"{name}.attn_1.{projection}", widths[-1], widths[-1], kernel=1)
+        residual(f"{name}.block_2", widths[-1], widths[-1])
+
+    convolution("encoder.conv_in", 3, widths[0])
+    width = widths[0]
+    for level, width_out in enumerate(widths):
+        for block in range(2):
+            residual(f"encoder.down.{level}.block.{block}", width, width_out)
+            width = width_out
+        if level < len(widths) - 1:
+            convolution(f"encoder.down.{level}.downsample.conv", width, width)
+    middle("encoder.mid")
+    norm("encoder.norm_out", width)
+    convolution("encoder.conv_out", width, 2 * latent)
+    convolution("quant_conv", 2 * latent, 2 * latent, kernel=1)
+
+    convolution("post_quant_conv", latent, latent, kernel=1)
+    convolution("decoder.conv_in", latent, width)
+    middle("decoder.mid")
+    for level, width_out in reversed(list(enumerate(widths))):
+        for block in range(3):
+            residual(f"decoder.up.{level}.block.{block}", width, width_out)
+            width = width_out
+        if level > 0:
+            convolution(f"decoder.up.{level}.upsample.conv", width, width)
+    norm("decoder.norm_out", width)
+    convolution("decoder.conv_out", width, 3)
+    return shapes
