@@ -1,0 +1,454 @@
+"""What a file's tensors mean: a table of a model's tensors, and how the names and shapes of a file fit it.
+
+Nothing here knows a particular model. An :class:`Architecture` lists the tensors of one, under the names that its
+authors gave them ("native") and under those of diffusers, with shapes in terms of named dimensions. :func:`match`
+reads a file's names and shapes against that list: every required tensor has to be there, an optional one may be
+missing, and a tensor that the list does not have is an error, unless it belongs to another part of an all-in-one file.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from itertools import islice
+from math import isqrt, prod
+
+from .errors import ModelFileError
+from .recognise import recognise, recognise_architecture
+
+SPELLINGS = ("native", "diffusers")
+PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "")
+OTHER_PARTS = ("text_encoders.", "text_encoder.", "cond_stage_model.", "conditioner.", "vae.", "first_stage_model.")
+ORIG_SHAPE = "comfy.gguf.orig_shape."
+MAX_DIMENSIONS = 4
+SHOWN_NAMES = 5
+SHOWN_CHARACTERS = 80
+
+_LAYER_NUMBER = re.compile(r"\.(0|[1-9][0-9]{0,3})\.")
+
+
+class TensorsError(ModelFileError):
+    """A file whose tensors do not make up the model; ``tensors`` holds the names of all that are wrong."""
+
+    def __init__(self, path: str, *, found: str, expected: str, advice: str, tensors: Sequence[str]):
+        super().__init__(path, found=found, expected=expected, advice=advice)
+        self.tensors = tuple(tensors)
+
+    def __reduce__(self):
+        fields = {"found": self.found, "expected": self.expected, "advice": self.advice, "tensors": self.tensors}
+        return partial(TensorsError, **fields), (self.path,)
+
+
+@dataclass(frozen=True)
+class Size:
+    """``times`` × the named dimension: ``6 * Size("embedding_length")``."""
+
+    dimension: str
+    times: int = 1
+
+    def __rmul__(self, times: int) -> Size:
+        return Size(self.dimension, times * self.times)
+
+    def __str__(self) -> str:
+        return self.dimension if self.times == 1 else f"{self.times} × {self.dimension}"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor of the model, or one of each layer of a stack: then ``{}`` in its names stands for the layer's number.
+
+    Attributes:
+        native, diffusers: its name in both spellings.
+        shape: outermost first, as torch has it.
+        required: a file without it is incomplete.
+        bare: a parameter that is in no module, with a leading 1 in its shape that files may lack.
+        swap_halves: diffusers has the two halves of its rows the other way round.
+    """
+
+    native: str
+    diffusers: str
+    shape: tuple[int | Size, ...]
+    required: bool = True
+    bare: bool = False
+    swap_halves: bool = False
+
+    @property
+    def stack(self) -> str | None:
+        """The native name of the stack of layers it is in, e.g. ``double_layers``."""
+        stack, layered, _ = self.native.partition(".{}.")
+        return stack if layered else None
+
+    def template(self, spelling: str) -> str:
+        return self.native if spelling == "native" else self.diffusers
+
+    def name(self, spelling: str, layer: int | None) -> str:
+        return self.template(spelling).replace("{}", str(layer))
+
+
+def linear(
+    native: str, diffusers: str, shape: tuple[int | Size, int | Size], *, bias: bool = False, swap_halves: bool = False
+) -> tuple[Row, Row]:
+    """The rows of a linear module: a required weight of ``shape`` (out, in), and a bias, required or optional."""
+    return (
+        Row(f"{native}.weight", f"{diffusers}.weight", shape, swap_halves=swap_halves),
+        Row(f"{native}.bias", f"{diffusers}.bias", shape[:1], required=bias, swap_halves=swap_halves),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Architecture:
+    """A model as a table.
+
+    Attributes:
+        name: its ``general.architecture``, and the first part of its annotations' keys.
+        title: what a person calls it, with its article: "an AuraFlow transformer".
+        advice: what to do with a file that is something unknown.
+        rows: its tensors.
+        layers: the least number of layers of each stack, by the stack's native name. The number that a file has is
+            the dimension of that name.
+        fixed: dimensions that cannot differ from file to file.
+        square: dimensions that have to be square numbers.
+        annotations: the dimensions whose sum is written into a file's metadata, by key without the ``<name>.``.
+    """
+
+    name: str
+    title: str
+    advice: str
+    rows: tuple[Row, ...]
+    layers: Mapping[str, int]
+    fixed: Mapping[str, int]
+    square: tuple[str, ...]
+    annotations: Mapping[str, tuple[str, ...]]
+
+    @cached_property
+    def _index(self) -> dict[str, dict[tuple[str, ...], Row]]:
+        return {
+            spelling: {tuple(row.template(spelling).split(".{}.")): row for row in self.rows} for spelling in SPELLINGS
+        }
+
+    def find(self, name: str, spelling: str) -> tuple[Row, int | None] | None:
+        """The row of a tensor's name (without prefix) and its layer's number, or None when it is not in the table."""
+        index = self._index[spelling]
+        if row := index.get((name,)):
+            return row, None
+        number = _LAYER_NUMBER.search(name)
+        if number and (row := index.get((name[: number.start()], name[number.end() :]))):
+            return row, int(number[1])
+        return None
+
+    def spell(self, name: str, spelling: str) -> str:
+        """Translate a tensor's name from the other spelling into ``spelling``.
+
+        Raises:
+            ValueError: when the other spelling has no such name.
+        """
+        other = "native" if spelling == "diffusers" else "diffusers"
+        found = self.find(name, other)
+        if found is None:
+            raise ValueError(f"{name} is not among the {other} names of {self.title}")
+        row, layer = found
+        return row.name(spelling, layer)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a weight of the model comes from.
+
+    Attributes:
+        name: the tensor's name in the file, prefix included.
+        shape: the shape that the model wants, leading 1 of bare parameters included.
+        swap_halves: whether the two halves of its rows have to change places.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    swap_halves: bool
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a file's tensors make up a model.
+
+    Attributes:
+        spelling: ``"native"`` or ``"diffusers"``.
+        prefix: what stands before the names of the model's tensors, ``""`` for nothing.
+        weights: the weights by native name, in the file's order.
+        dimensions: the numbers of layers by stack, and the architecture's named dimensions.
+        skipped: names in the file that belong to other parts than this model (text encoder, VAE).
+        architecture: what was matched.
+    """
+
+    spelling: str
+    prefix: str
+    weights: dict[str, Source]
+    dimensions: dict[str, int]
+    skipped: tuple[str, ...]
+    architecture: Architecture
+
+
+@dataclass(frozen=True)
+class _Found:
+    row: Row
+    layer: int | None
+    name: str
+
+
+def match(
+    architecture: Architecture,
+    shapes: Mapping[str, tuple[int, ...]],
+    *,
+    metadata: Mapping[str, object],
+    path: str,
+    fixed: Mapping[str, int] | None = None,
+) -> Match:
+    """Read a file's tensors as the weights of a model.
+
+    Args:
+        architecture: the model.
+        shapes: the shape of each tensor in the file by its name, outermost first.
+        metadata: the file's metadata: annotations and ``comfy.gguf.orig_shape.*`` are honoured.
+        path: the file, for messages.
+        fixed: dimensions that must have these values, in place of ``architecture.fixed``.
+
+    Raises:
+        ModelFileError: when the file is something else, incomplete, or contradicts itself. A :class:`TensorsError`
+            when particular tensors are at fault.
+    """
+    reading = _Reading(architecture, shapes, metadata, path)
+    reading.check_kind()
+    dimensions = dict(architecture.fixed if fixed is None else fixed) | reading.count_layers()
+    reading.check_names(dimensions)
+    weights = reading.fit_shapes(dimensions)
+    result = Match(reading.spelling, reading.prefix, weights, dimensions, tuple(reading.skipped), architecture)
+    _check_annotations(result, metadata, path)
+    return result
+
+
+def annotations(match: Match) -> dict[str, object]:
+    """The metadata that describe a matched file: GGUF's keys with their values (docs/format.md)."""
+    architecture, dimensions = match.architecture, match.dimensions
+    values: dict[str, object] = {"general.architecture": architecture.name}
+    for key, parts in architecture.annotations.items():
+        if all(part in dimensions for part in parts):
+            values[f"{architecture.name}.{key}"] = sum(dimensions[part] for part in parts)
+    biased = [name.removesuffix(".bias") for name in match.weights if name.endswith(".bias")]
+    values[f"{architecture.name}.bias"] = sorted(biased)
+    values[f"{architecture.name}.tensor_names"] = match.spelling
+    return values
+
+
+def listed(names: Sequence[object]) -> str:
+    """The first few names, made safe to print, and how many more there are."""
+    shown = ", ".join(_shown(name) for name in islice(names, SHOWN_NAMES))
+    more = len(names) - SHOWN_NAMES
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def _shown(name: object) -> str:
+    text = str(name)
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= SHOWN_CHARACTERS else text[:SHOWN_CHARACTERS] + "…"
+
+
+def _value(value: object) -> str:
+    """A metadata value, made safe to print."""
+    if _is_array(value):
+        return f"[{listed(value)}]"
+    return _shown(repr(value))
+
+
+def _is_array(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+class _Reading:
+    """A file's tensors under the spelling and the prefix by which most of them have a row.
+
+    Attributes:
+        found: these tensors, by native name.
+        skipped, unknown: the names of all others.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        shapes: Mapping[str, tuple[int, ...]],
+        metadata: Mapping[str, object],
+        path: str,
+    ):
+        self.architecture = architecture
+        self.shapes = shapes
+        self.metadata = metadata
+        self.path = path
+        self.spelling, self.prefix = SPELLINGS[0], ""
+        self.found: dict[str, _Found] = {}
+        for prefix in PREFIXES:
+            for spelling in SPELLINGS:
+                found = self._find(spelling, prefix)
+                if len(found) > len(self.found):
+                    self.spelling, self.prefix, self.found = spelling, prefix, found
+        named = {tensor.name for tensor in self.found.values()}
+        self.skipped = [name for name in shapes if name not in named and name.startswith(OTHER_PARTS)]
+        self.unknown = [name for name in shapes if name not in named and not name.startswith(OTHER_PARTS)]
+
+    def _find(self, spelling: str, prefix: str) -> dict[str, _Found]:
+        found = {}
+        for name in self.shapes:
+            if name.startswith(prefix) and (hit := self.architecture.find(name.removeprefix(prefix), spelling)):
+                row, layer = hit
+                found[row.name("native", layer)] = _Found(row, layer, name)
+        return found
+
+    def check_kind(self) -> None:
+        """Tell a file of another model from an incomplete one, which has at least half of the kinds of tensors."""
+        title = self.architecture.title
+        required = sum(row.required for row in self.architecture.rows)
+        if 2 * len({tensor.row for tensor in self.found.values() if tensor.row.required}) >= required:
+            return
+        recognised = recognise(self.shapes, self.metadata)
+        if recognised and recognised.what != title:
+            raise ModelFileError(self.path, found=recognised.what, expected=title, advice=recognised.advice)
+        if not recognised:
+            names = list(self.shapes)
+            what = f"{len(names)} tensors of an unknown model ({listed(names)})" if names else "no tensors"
+            raise ModelFileError(self.path, found=what, expected=title, advice=self.architecture.advice)
+
+    def count_layers(self) -> dict[str, int]:
+        counts = {}
+        for stack, least in self.architecture.layers.items():
+            numbers = {tensor.layer for tensor in self.found.values() if tensor.row.stack == stack}
+            counts[stack] = max(len(numbers), least)
+            absent = sorted(set(range(max(numbers, default=-1) + 1)) - numbers)
+            if absent:
+                raise ModelFileError(
+                    self.path,
+                    found=f"{stack} up to number {max(numbers)} without {listed(absent)}",
+                    expected="layers numbered without holes",
+                    advice="Layers were lost or removed: download the file again, or convert the model again.",
+                )
+        return counts
+
+    def check_names(self, counts: Mapping[str, int]) -> None:
+        title = self.architecture.title
+        wanted, missing = 0, []
+        for row in self.architecture.rows:
+            if row.required:
+                for layer in range(counts[row.stack]) if row.stack else [None]:
+                    wanted += 1
+                    if row.name("native", layer) not in self.found:
+                        missing.append(self.prefix + row.name(self.spelling, layer))
+        if missing:
+            instead = f", but with the unknown {listed(self.unknown)}" if self.unknown else ""
+            have = f"{wanted - len(missing)} of the {wanted} tensors of {title}"
+            raise TensorsError(
+                self.path,
+                found=f"{have}, without {listed(missing)}{instead}",
+                expected="all of them",
+                advice="The file is incomplete or its tensors were renamed: "
+                "download it again, or convert the model again.",
+                tensors=missing,
+            )
+        if self.unknown:
+            raise TensorsError(
+                self.path,
+                found=f"{title} with unknown tensors in it: {listed(self.unknown)}",
+                expected="no other tensors than the model's",
+                advice="To leave them out would give wrong pictures. Use a file of the unmodified architecture.",
+                tensors=self.unknown,
+            )
+
+    def fit_shapes(self, dimensions: dict[str, int]) -> dict[str, Source]:
+        """Fit each tensor's shape to its row's, giving ``dimensions`` the values that it does not have yet."""
+        weights, wrong = {}, []
+        for native, tensor in self.found.items():
+            shape = self._logical_shape(tensor)
+            wanted = _bind(tensor.row.shape, shape, dimensions)
+            if shape != wanted:
+                wrong.append((tensor.name, shape, wanted))
+            weights[native] = Source(tensor.name, shape, tensor.row.swap_halves and self.spelling == "diffusers")
+        if wrong:
+            name, shape, wanted = wrong[0]
+            more = f", one of {len(wrong)} wrong shapes" if len(wrong) > 1 else ""
+            raise TensorsError(
+                self.path,
+                found=f"{name} of shape {_written(shape)}{more}",
+                expected=_written(wanted),
+                advice=f"The file is not {self.architecture.title} of the known size, or was converted wrongly: "
+                "use another file, or convert the model again.",
+                tensors=[name for name, _, _ in wrong],
+            )
+        for dimension in self.architecture.square:
+            length = dimensions[dimension]
+            if isqrt(length) ** 2 != length:
+                raise ModelFileError(
+                    self.path,
+                    found=f"{dimension} {length}",
+                    expected="a square number",
+                    advice="The tensor was cut or rearranged: download the file again, or convert the model again.",
+                )
+        return weights
+
+    def _logical_shape(self, tensor: _Found) -> tuple[int, ...]:
+        """The tensor's shape as the model has it: by its ``orig_shape``, and with the leading 1 of a bare parameter."""
+        row, shape = tensor.row, self.shapes[tensor.name]
+        for key in (ORIG_SHAPE + tensor.name, ORIG_SHAPE + tensor.name.removeprefix(self.prefix)):
+            if key in self.metadata:
+                shape = self._orig_shape(key, shape, same_rows=not row.bare)
+                break
+        if row.bare and len(shape) == len(row.shape) - 1:
+            return (1, *shape)
+        return shape
+
+    def _orig_shape(self, key: str, shape: tuple[int, ...], *, same_rows: bool) -> tuple[int, ...]:
+        """The shape under ``key``. Rows of linears are packed one by one, so theirs must keep their length."""
+        value = self.metadata[key]
+        if _is_array(value) and 1 <= len(value) <= MAX_DIMENSIONS and all(isinstance(size, int) for size in value):
+            original = tuple(value)
+            if min(original) > 0 and prod(original) == prod(shape) and (not same_rows or original[-1:] == shape[-1:]):
+                return original
+        rows = f" in rows of {shape[-1]}" if same_rows and shape else ""
+        raise ModelFileError(
+            self.path,
+            found=f"{_shown(key)} = {_value(value)} for a tensor of shape {_written(shape)}",
+            expected=f"a shape of {prod(shape)} elements{rows}",
+            advice="The tensor was rearranged in a way that cannot be undone: convert the model again.",
+        )
+
+
+def _bind(wanted: tuple[int | Size, ...], shape: tuple[int, ...], dimensions: dict[str, int]) -> tuple[int | Size, ...]:
+    """``wanted`` in numbers; a dimension still without a value takes it from ``shape``."""
+    if len(wanted) == len(shape):
+        for size, length in zip(wanted, shape, strict=True):
+            if isinstance(size, Size) and length and length % size.times == 0:
+                dimensions.setdefault(size.dimension, length // size.times)
+    return tuple(
+        size.times * dimensions[size.dimension] if isinstance(size, Size) and size.dimension in dimensions else size
+        for size in wanted
+    )
+
+
+def _written(shape: Sequence[int | Size]) -> str:
+    return f"({', '.join(map(str, shape))})"
+
+
+def _check_annotations(match: Match, metadata: Mapping[str, object], path: str) -> None:
+    for key, value in annotations(match).items():
+        if key not in metadata or _same(metadata[key], value):
+            continue
+        annotated = metadata[key]
+        if key == "general.architecture" and not (isinstance(annotated, str) and recognise_architecture(annotated)):
+            continue
+        raise ModelFileError(
+            path,
+            found=f"{key} = {_value(annotated)} in its metadata, but {_value(value)} by its tensors",
+            expected="metadata that agree with the tensors",
+            advice="The file was altered or wrongly converted: download it again, or convert the model again.",
+        )
+
+
+def _same(annotated: object, value: object) -> bool:
+    if not isinstance(value, list):
+        return annotated == value
+    return _is_array(annotated) and len(annotated) == len(value) and {str(item) for item in annotated} == set(value)

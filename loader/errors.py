@@ -1,0 +1,32 @@
+"""The one error that a person sees when a model file cannot be used."""
+
+from __future__ import annotations
+
+import os
+
+
+class ModelFileError(ValueError):
+    """A model file that cannot be used, said in a sentence a person can act on.
+
+    Args:
+        path: the file; the message names its last component.
+        found: what the file is or holds ("a Flux transformer", "byte 0x00 where …").
+        expected: what was wanted there.
+        advice: what the person can do, one or more full sentences.
+
+    The message is ``<file name>: found <found>, expected <expected>. <advice>``.
+    """
+
+    def __init__(self, path: str | os.PathLike, *, found: str, expected: str, advice: str):
+        self.path = os.fspath(path)
+        self.found = found
+        self.expected = expected
+        self.advice = advice
+        super().__init__(f"{os.path.basename(self.path)}: found {found}, expected {expected}. {advice}")
+
+    def __reduce__(self):
+        return _rebuild, (self.path, self.found, self.expected, self.advice)
+
+
+def _rebuild(path: str, found: str, expected: str, advice: str) -> ModelFileError:
+    return ModelFileError(path, found=found, expected=expected, advice=advice)
