@@ -1,0 +1,176 @@
+"""The matrix product on a GPU: one Triton launch dequantizes the weight, or multiplies it at once for few rows.
+
+Where Triton is missing (Windows without it, Apple) or does not work (a version before 3.3, old GPUs, no C compiler),
+torch dequantizes, in several passes: the same numbers. That is said once. Nothing here waits for the device.
+
+Under torch.compile the product is an operator of its own, ``auraflow_gguf::linear``, which the compiler calls and does
+not look into: so it neither breaks the graph nor depends on the number of rows. A weight that is only dequantized
+goes to the compiler as torch's operations.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import threading
+from collections.abc import Callable
+
+import torch
+
+from ..quant_types import QUANT_TYPES, QuantType
+
+logger = logging.getLogger(__name__)
+
+# Types that torch holds as they are, and converts in one pass or none.
+_STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+# Where Triton runs: NVIDIA's and AMD's GPUs, Intel's, and its interpreter on the CPU.
+_TRITON_DEVICES = ("cuda", "xpu", "cpu")
+
+_buffers = threading.local()
+_without_triton: set[torch.device] = set()
+
+
+def linear(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bias: torch.Tensor | None) -> torch.Tensor:
+    """``input @ dequantize(packed).T + bias``.
+
+    Args:
+        input: ``(…, in_features)``, float32, float16 or bfloat16.
+        packed: ``(out_features, row_bytes) uint8`` on ``input``'s device.
+        bias: ``(out_features,)`` or None.
+
+    Returns:
+        ``(…, out_features)`` in ``input``'s dtype.
+    """
+    if torch.is_grad_enabled() and input.requires_grad:
+        # The backward pass needs the dense weight: it must be a tensor of its own.
+        return torch.nn.functional.linear(input, quant_type.dequantize(packed, input.dtype), bias)
+    if torch.compiler.is_compiling():
+        return _linear_operator(input, packed, quant_type.name, bias)
+    return _linear(input, packed, quant_type, bias, reuse_buffer=not _is_captured(input.device))
+
+
+def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) -> torch.Tensor:
+    """``QuantType.dequantize``, bit by bit the same, in one launch where Triton works.
+
+    Args:
+        packed: ``(rows, row_bytes) uint8`` on a GPU.
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        ``(rows, columns)``; shares ``packed``'s memory where that holds numbers of ``dtype``.
+    """
+    if torch.compiler.is_compiling():
+        return quant_type.dequantize(packed, dtype)
+    with _current(packed.device):
+        return _dense(packed, quant_type, dtype, torch.empty)
+
+
+def _linear(
+    input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bias: torch.Tensor | None, *, reuse_buffer: bool
+) -> torch.Tensor:
+    with _current(input.device):
+        kernels = _kernels(quant_type, input.device)
+        x = input.reshape(-1, input.shape[-1])
+        if kernels and 0 < len(x) <= kernels.FEW_ROWS:
+            out = x.new_empty(len(x), len(packed))
+            multiply = functools.partial(
+                kernels.linear_into, out, x.contiguous(), packed.contiguous(), quant_type, bias
+            )
+            if _launched(multiply, input.device):
+                return out.view(*input.shape[:-1], len(packed))
+        weight = _dense(packed, quant_type, input.dtype, _buffer if reuse_buffer else torch.empty)
+        return torch.nn.functional.linear(input, weight, bias)
+
+
+def _dense(
+    packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype, new: Callable[..., torch.Tensor]
+) -> torch.Tensor:
+    """``(rows, columns)``, in memory that ``new(shape, dtype=, device=)`` gives where Triton writes it."""
+    if stored := _STORED_DTYPES.get(quant_type.name):
+        return packed.view(stored).to(dtype)
+    if kernels := _kernels(quant_type, packed.device):
+        columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
+        out = new((len(packed), columns), dtype=dtype, device=packed.device)
+        unpack = functools.partial(kernels.dequantize_into, out, packed.contiguous(), quant_type)
+        if _launched(unpack, packed.device):
+            return out
+    return quant_type.dequantize(packed, dtype)
+
+
+def _buffer(shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Memory for one dense weight, kept for each stream of this thread, as large as the largest weight so far.
+
+    What a stream has been given before to read from it is done before the same stream writes it again.
+    """
+    kept = _buffers.__dict__.setdefault("by_stream", {})
+    stream = getattr(torch, device.type).current_stream(device)
+    size = shape[0] * shape[1] * dtype.itemsize
+    if stream not in kept or kept[stream].numel() < size:
+        kept.pop(stream, None)
+        kept[stream] = torch.empty(size, dtype=torch.uint8, device=device)
+    return kept[stream][:size].view(dtype).view(shape)
+
+
+def _kernels(quant_type: QuantType, device: torch.device):
+    """The module ``triton_kernels``, or None where it cannot be used."""
+    if device.type not in _TRITON_DEVICES or device in _without_triton:
+        return None
+    kernels = _triton_kernels()
+    return kernels if kernels and quant_type.name in kernels.FORMULAS else None
+
+
+@functools.cache
+def _triton_kernels():
+    try:
+        from . import triton_kernels
+    except ImportError as error:
+        logger.info("Triton is not installed (%s): torch dequantizes GGUF weights, which takes longer", error)
+        return None
+    return triton_kernels
+
+
+def _launched(launch: Callable[[], None], device: torch.device) -> bool:
+    """Whether a launch was possible. The first that is not, is the last on its device.
+
+    Triton, its compilers and the driver each have exceptions of their own.
+    """
+    try:
+        launch()
+    except Exception as error:
+        _without_triton.add(device)
+        logger.warning(
+            "Triton %s does not work on %s: torch dequantizes GGUF weights there, which takes longer. %s: %s",
+            _triton_kernels().triton.__version__,
+            device,
+            type(error).__name__,
+            error,
+        )
+        return False
+    return True
+
+
+def _current(device: torch.device) -> contextlib.AbstractContextManager:
+    """Makes ``device`` the current one, on which Triton launches."""
+    return getattr(torch, device.type).device(device) if device.type in ("cuda", "xpu") else contextlib.nullcontext()
+
+
+def _is_captured(device: torch.device) -> bool:
+    """Whether a CUDA graph is recorded, whose memory must be its own."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+@torch.library.custom_op(
+    "auraflow_gguf::linear",
+    mutates_args=(),
+    schema="(Tensor input, Tensor packed, str quant_type, Tensor? bias) -> Tensor",
+)
+def _linear_operator(input, packed, quant_type, bias):
+    # The compiler may run this while it records a CUDA graph, or warms up for it, in memory that is the graph's.
+    return _linear(input, packed, QUANT_TYPES[quant_type], bias, reuse_buffer=False)
+
+
+@_linear_operator.register_fake
+def _(input, packed, quant_type, bias):
+    return input.new_empty(*input.shape[:-1], packed.shape[0])

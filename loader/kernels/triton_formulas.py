@@ -1,0 +1,342 @@
+"""The formulas of ``quant_types`` as Triton device functions: pointers to packed blocks in, weights out.
+
+Each type has a function ``(block, table) -> weights``, named as the type:
+
+- ``block``: ``[N]`` pointers to uint8, the first byte of each block, at any alignment;
+- ``table``: a pointer to int8: the type's grid or its 16 values; None where the formula needs none;
+- ``weights``: float32, ``[N, …]``, the weights of each block in order, in whatever shape is at hand.
+
+What the bytes mean stands in ``quant_types``. Bytes are loaded one by one as far as the language is concerned: the
+compiler joins neighbours to loads as wide as the block's size aligns them.
+
+**Exactness.** No product rounds, and only the last addition of Q4_1, Q5_1, Q2_K, Q4_K and Q5_K does (see
+``quant_types``). So the compiler may contract it with a product to a fused multiply-add, and the bits are the same.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..quant_types.fp4 import E2M1
+from ..quant_types.iq4 import VALUES
+
+# Small tables as integers, from which a shift takes a value: the magnitudes of E2M1, 4 bits each, and the two halves of
+# IQ4's values, 8 bits each.
+_E2M1 = tl.constexpr(sum(value << 4 * index for index, value in enumerate(E2M1[:8])) - (1 << 32))
+_VALUES_LOW = tl.constexpr(int.from_bytes(bytes(value & 255 for value in VALUES[:8]), "little", signed=True))
+_VALUES_HIGH = tl.constexpr(int.from_bytes(bytes(value & 255 for value in VALUES[8:]), "little", signed=True))
+
+
+@triton.jit
+def _byte(pointer):
+    return tl.load(pointer).to(tl.int32)
+
+
+@triton.jit
+def _word(pointer):
+    """16 bits at any alignment, as int32."""
+    return _byte(pointer) | _byte(pointer + 1) << 8
+
+
+@triton.jit
+def _half_of(bits):
+    return bits.to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _half(pointer):
+    return _half_of(_word(pointer))
+
+
+@triton.jit
+def _bytes(pointer, COUNT: tl.constexpr):
+    """``[N]`` pointers → ``[N, COUNT] int32``."""
+    return _byte(pointer[:, None] + tl.arange(0, COUNT)[None, :])
+
+
+@triton.jit
+def _signed_bytes(pointer, COUNT: tl.constexpr):
+    """``[N]`` pointers → ``[N, COUNT] int8``."""
+    return tl.load(pointer[:, None] + tl.arange(0, COUNT)[None, :]).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _words(pointer, COUNT: tl.constexpr):
+    """``[N]`` pointers → ``[N, COUNT] int32``: 16-bit words."""
+    return _word(pointer[:, None] + 2 * tl.arange(0, COUNT)[None, :])
+
+
+@triton.jit
+def _planes(pointer, CHUNKS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
+    """Bit fields: of each chunk of bytes the lowest field of every byte, then the second of every byte, …
+
+    ``[N]`` pointers → ``[N, CHUNKS * 8 / WIDTH * LENGTH] int32``.
+    """
+    chunk = tl.arange(0, CHUNKS)[None, :, None, None]
+    field = tl.arange(0, 8 // WIDTH)[None, None, :, None]
+    k = tl.arange(0, LENGTH)[None, None, None, :]
+    fields = _byte(pointer[:, None, None, None] + (LENGTH * chunk + k)) >> WIDTH * field & ((1 << WIDTH) - 1)
+    return tl.reshape(fields, (pointer.shape[0], CHUNKS * (8 // WIDTH) * LENGTH))
+
+
+@triton.jit
+def _fields(pointer, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """Bit fields, byte by byte, in each the lowest first: ``[N]`` pointers → ``[N, COUNT * 8 / WIDTH] int32``."""
+    field = tl.arange(0, 8 // WIDTH)[None, None, :]
+    fields = _bytes(pointer, COUNT)[:, :, None] >> WIDTH * field & ((1 << WIDTH) - 1)
+    return tl.reshape(fields, (pointer.shape[0], COUNT * (8 // WIDTH)))
+
+
+@triton.jit
+def _scaled(scale, q):
+    """``[N, groups] float32`` × ``[N, weights]`` integers → ``[N, groups, weights / groups] float32``."""
+    LENGTH: tl.constexpr = q.shape[1] // scale.shape[1]
+    return scale[:, :, None] * tl.reshape(q, (q.shape[0], scale.shape[1], LENGTH)).to(tl.float32)
+
+
+@triton.jit
+def q1_0(block, table):
+    return _scaled(_half(block)[:, None], 2 * _fields(block + 2, 16, 1) - 1)
+
+
+@triton.jit
+def q4_0(block, table):
+    return _scaled(_half(block)[:, None], _planes(block + 2, 1, 16, 4) - 8)
+
+
+@triton.jit
+def q4_1(block, table):
+    return _scaled(_half(block)[:, None], _planes(block + 4, 1, 16, 4)) + _half(block + 2)[:, None, None]
+
+
+@triton.jit
+def _five_bits(qh, qs):
+    return _planes(qs, 1, 16, 4) | _fields(qh, 4, 1) << 4
+
+
+@triton.jit
+def q5_0(block, table):
+    return _scaled(_half(block)[:, None], _five_bits(block + 2, block + 6) - 16)
+
+
+@triton.jit
+def q5_1(block, table):
+    return _scaled(_half(block)[:, None], _five_bits(block + 4, block + 8)) + _half(block + 2)[:, None, None]
+
+
+@triton.jit
+def q8_0(block, table):
+    return _scaled(_half(block)[:, None], _signed_bytes(block + 2, 32))
+
+
+@triton.jit
+def _scaled_minus_minimum(dm, s, m, q):
+    """``(d s) q - dmin m``: ``dm`` points to both halves, ``s`` and ``m`` are ``[N, groups] int32``."""
+    scale = _half(dm)[:, None] * s.to(tl.float32)
+    minimum = _half(dm + 2)[:, None] * m.to(tl.float32)
+    return _scaled(scale, q) - minimum[:, :, None]
+
+
+@triton.jit
+def q2_k(block, table):
+    scales = _bytes(block, 16)
+    return _scaled_minus_minimum(block + 80, scales & 15, scales >> 4, _planes(block + 16, 2, 32, 2))
+
+
+@triton.jit
+def q3_k(block, table):
+    q = _planes(block + 32, 2, 32, 2) | _planes(block, 1, 32, 1) << 2
+    s = _planes(block + 96, 1, 8, 4) | _planes(block + 104, 1, 4, 2) << 4
+    return _scaled(_half(block + 108)[:, None] * (s - 32).to(tl.float32), q - 4)
+
+
+@triton.jit
+def _six_bits(scales):
+    """``[N]`` pointers to 12 bytes → ``s``, ``m``, both ``[N, 8] int32``."""
+    group = tl.arange(0, 8)[None, :]
+    first_s = scales[:, None] + group % 4
+    first_m = _byte(first_s + 4)
+    nibbles = _byte(first_s + 8)
+    first_s = _byte(first_s)
+    s = tl.where(group < 4, first_s & 63, nibbles & 15 | first_s >> 2 & 48)
+    m = tl.where(group < 4, first_m & 63, nibbles >> 4 | first_m >> 2 & 48)
+    return s, m
+
+
+@triton.jit
+def q4_k(block, table):
+    s, m = _six_bits(block + 4)
+    return _scaled_minus_minimum(block, s, m, _planes(block + 16, 4, 32, 4))
+
+
+@triton.jit
+def q5_k(block, table):
+    s, m = _six_bits(block + 4)
+    return _scaled_minus_minimum(block, s, m, _planes(block + 48, 4, 32, 4) | _planes(block + 16, 1, 32, 1) << 4)
+
+
+@triton.jit
+def q6_k(block, table):
+    q = _planes(block, 2, 64, 4) | _planes(block + 128, 2, 32, 2) << 4
+    scale = _half(block + 208)[:, None] * _signed_bytes(block + 192, 16).to(tl.float32)
+    return _scaled(scale, q - 32)
+
+
+@triton.jit
+def tq1_0(block, table):
+    # Digits of the bytes 0–31, of 32–47 and of 48–51: five, five and four of each.
+    i = tl.arange(0, 256)
+    long = i < 160
+    short = i < 240
+    byte = tl.where(long, i % 32, tl.where(short, 32 + i % 16, 48 + i % 4))
+    digit = tl.where(long, i // 32, tl.where(short, (i - 160) // 16, (i - 240) // 4))
+    power = tl.where(digit == 0, 1, tl.where(digit == 1, 3, tl.where(digit == 2, 9, tl.where(digit == 3, 27, 81))))
+    t = 3 * (_byte(block[:, None] + byte[None, :]) * power[None, :] & 255) >> 8
+    return _scaled(_half(block + 52)[:, None], t - 1)
+
+
+@triton.jit
+def tq2_0(block, table):
+    return _scaled(_half(block + 64)[:, None], _planes(block, 2, 32, 2) - 1)
+
+
+@triton.jit
+def _e2m1(q):
+    """4-bit floats, doubled, as int32."""
+    magnitude = _E2M1 >> 4 * (q & 7) & 15
+    return tl.where(q < 8, magnitude, -magnitude)
+
+
+@triton.jit
+def mxfp4(block, table):
+    e = _byte(block)
+    half_e8m0 = tl.where(e < 2, 0x200000 << e, (e - 1) << 23).to(tl.float32, bitcast=True)
+    return _scaled(half_e8m0[:, None], _e2m1(_planes(block + 1, 1, 16, 4)))
+
+
+@triton.jit
+def nvfp4(block, table):
+    d = _bytes(block, 4)
+    exponent = d >> 3 & 15
+    mantissa = (d & 7) + tl.where(exponent > 0, 8, 0)
+    power = (tl.maximum(exponent, 1) + (127 - 11) << 23).to(tl.float32, bitcast=True)
+    half_ue4m3 = tl.where(d == 0x7F, 0, mantissa).to(tl.float32) * power
+    return _scaled(half_ue4m3, _e2m1(_planes(block + 4, 4, 8, 4)))
+
+
+@triton.jit
+def _iq4(q):
+    """The values that 4-bit indices stand for, as int8."""
+    return (tl.where(q < 8, _VALUES_LOW, _VALUES_HIGH) >> (8 * (q & 7)).to(tl.int64)).to(tl.int8)
+
+
+@triton.jit
+def iq4_nl(block, table):
+    return _scaled(_half(block)[:, None], _iq4(_planes(block + 2, 1, 16, 4)))
+
+
+@triton.jit
+def iq4_xs(block, table):
+    s = _fields(block + 4, 4, 4) | _fields(block + 2, 2, 2) << 4
+    scale = _half(block)[:, None] * (s - 32).to(tl.float32)
+    return _scaled(scale, _iq4(_planes(block + 8, 8, 16, 4)))
+
+
+@triton.jit
+def _entries(table, index, LENGTH: tl.constexpr):
+    """A grid's entries, ``LENGTH`` values each: ``[N, runs] int32`` → ``[N, 256] int32``."""
+    values = tl.load(table + (index[:, :, None] * LENGTH + tl.arange(0, LENGTH)[None, None, :]))
+    return tl.reshape(values, (index.shape[0], 256)).to(tl.int32)
+
+
+@triton.jit
+def _signed(magnitudes, signs):
+    """``[N, 256] int32``, negative where a bit of ``signs``, ``[N, 32] int32``, is set; lowest bits first."""
+    negative = tl.reshape(signs[:, :, None] >> tl.arange(0, 8)[None, None, :] & 1, (signs.shape[0], 256))
+    return tl.where(negative != 0, -magnitudes, magnitudes)
+
+
+@triton.jit
+def _even(signs):
+    """Seven signs, and an eighth such that an even number of the eight bits is set."""
+    parity = signs ^ signs >> 4
+    parity ^= parity >> 2
+    parity ^= parity >> 1
+    return signs | (parity & 1) << 7
+
+
+@triton.jit
+def _signs_and_scale(pointer, STRIDE: tl.constexpr):
+    """Eight 32-bit words, ``STRIDE`` bytes apart: four times 7 bits of signs, and 4 bits of a scale.
+
+    ``[N]`` pointers → signs, ``[N, 32] int32`` of 8 bits, and the scale, ``[N, 8] int32``.
+    """
+    first = pointer[:, None] + STRIDE * tl.arange(0, 8)[None, :]
+    word = _word(first) | _word(first + 2) << 16
+    signs = word[:, :, None] >> 7 * tl.arange(0, 4)[None, None, :] & 127
+    return _even(tl.reshape(signs, (pointer.shape[0], 32))), word >> 28 & 15
+
+
+@triton.jit
+def iq2_xxs(block, table):
+    run = tl.arange(0, 32)[None, :]
+    index = _byte(block[:, None] + (2 + 8 * (run // 4) + run % 4))
+    signs, s = _signs_and_scale(block + 6, 8)
+    scale = _half(block)[:, None] * (s.to(tl.float32) + 0.5) * 0.25
+    return _scaled(scale, _signed(_entries(table, index, 8), signs))
+
+
+@triton.jit
+def iq2_xs(block, table):
+    word = _words(block + 2, 32)
+    scale = _half(block)[:, None] * (_fields(block + 66, 8, 4).to(tl.float32) + 0.5) * 0.25
+    return _scaled(scale, _signed(_entries(table, word & 511, 8), _even(word >> 9)))
+
+
+@triton.jit
+def iq2_s(block, table):
+    index = _bytes(block + 2, 32) | _fields(block + 66, 8, 2) << 8
+    scale = _half(block)[:, None] * (_fields(block + 74, 8, 4).to(tl.float32) + 0.5) * 0.25
+    return _scaled(scale, _signed(_entries(table, index, 8), _bytes(block + 34, 32)))
+
+
+@triton.jit
+def iq3_xxs(block, table):
+    signs, s = _signs_and_scale(block + 66, 4)
+    scale = _half(block)[:, None] * (s.to(tl.float32) + 0.5) * 0.5
+    return _scaled(scale, _signed(_entries(table, _bytes(block + 2, 64), 4), signs))
+
+
+@triton.jit
+def iq3_s(block, table):
+    index = _bytes(block + 2, 64) | _fields(block + 66, 8, 1) << 8
+    scale = _half(block)[:, None] * (2 * _fields(block + 106, 4, 4) + 1).to(tl.float32)
+    return _scaled(scale, _signed(_entries(table, index, 4), _bytes(block + 74, 32)))
+
+
+@triton.jit
+def _moved(entries, down):
+    """``8 g + 1``, or ``8 g - 1`` where ``down``, ``[N, runs]``, is 1; ``[N, 256] int32``."""
+    moved = 8 * tl.reshape(entries, (down.shape[0], down.shape[1], 256 // down.shape[1]))
+    return tl.reshape(moved + 1 - 2 * down[:, :, None], (down.shape[0], 256))
+
+
+@triton.jit
+def iq1_s(block, table):
+    group = _words(block + 34, 8)
+    high = tl.reshape(group[:, :, None] >> 3 * tl.arange(0, 4)[None, None, :] & 7, (block.shape[0], 32))
+    entries = _entries(table, _bytes(block + 2, 32) | high << 8, 8)
+    scale = _half(block)[:, None] * (2 * (group >> 12 & 7) + 1).to(tl.float32) * 0.125
+    return _scaled(scale, _moved(entries, group >> 15))
+
+
+@triton.jit
+def iq1_m(block, table):
+    run = _fields(block + 32, 16, 4)
+    entries = _entries(table, _bytes(block, 32) | (run & 7) << 8, 8)
+    first = block + 48
+    d = _word(first) >> 12 | _word(first + 2) >> 8 & 0xF0 | _word(first + 4) >> 4 & 0xF00 | _word(first + 6) & 0xF000
+    s = tl.reshape(_words(first, 4)[:, :, None] >> 3 * tl.arange(0, 4)[None, None, :] & 7, (block.shape[0], 16))
+    scale = _half_of(d)[:, None] * (2 * s + 1).to(tl.float32) * 0.125
+    return _scaled(scale, _moved(entries, run >> 3))

@@ -1,0 +1,195 @@
+"""Two kernels over the formulas: dequantize a packed weight in one launch, and multiply a few rows with it.
+
+The formula is a compile-time argument, so each type has kernels of its own, with no branch on data. No launch waits
+for the device. Importing this module imports Triton.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from ..quant_types import QuantType
+from ..quant_types.grids import grid
+from . import triton_formulas as formulas
+
+# The most rows of input that the multiplying kernel takes.
+FEW_ROWS = 16
+
+# Weights of a program of the dequantizing kernel: 16 for each thread of four warps.
+DEQUANTIZED_AT_ONCE = 2048
+
+# Tile of the multiplying kernel: rows of the weight, and weights of each.
+WEIGHT_ROWS, WEIGHT_COLUMNS = 8, 256
+
+
+class Formula(NamedTuple):
+    """A type's device function, see ``triton_formulas``, and the name of the grid that is its table."""
+
+    weights: Callable
+    grid: str | None = None
+
+    def table(self, device: torch.device) -> torch.Tensor | None:
+        return None if self.grid is None else grid(self.grid, device)
+
+
+FORMULAS = {
+    "Q1_0": Formula(formulas.q1_0),
+    "Q4_0": Formula(formulas.q4_0),
+    "Q4_1": Formula(formulas.q4_1),
+    "Q5_0": Formula(formulas.q5_0),
+    "Q5_1": Formula(formulas.q5_1),
+    "Q8_0": Formula(formulas.q8_0),
+    "Q2_K": Formula(formulas.q2_k),
+    "Q3_K": Formula(formulas.q3_k),
+    "Q4_K": Formula(formulas.q4_k),
+    "Q5_K": Formula(formulas.q5_k),
+    "Q6_K": Formula(formulas.q6_k),
+    "TQ1_0": Formula(formulas.tq1_0),
+    "TQ2_0": Formula(formulas.tq2_0),
+    "MXFP4": Formula(formulas.mxfp4),
+    "NVFP4": Formula(formulas.nvfp4),
+    "IQ4_NL": Formula(formulas.iq4_nl),
+    "IQ4_XS": Formula(formulas.iq4_xs),
+    "IQ3_XXS": Formula(formulas.iq3_xxs, "IQ3_XXS"),
+    "IQ3_S": Formula(formulas.iq3_s, "IQ3_S"),
+    "IQ2_XXS": Formula(formulas.iq2_xxs, "IQ2_XXS"),
+    "IQ2_XS": Formula(formulas.iq2_xs, "IQ2_XS"),
+    "IQ2_S": Formula(formulas.iq2_s, "IQ2_S"),
+    "IQ1_S": Formula(formulas.iq1_s, "IQ1_S"),
+    "IQ1_M": Formula(formulas.iq1_m, "IQ1_S"),
+}
+
+
+def dequantize_into(out: torch.Tensor, packed: torch.Tensor, quant_type: QuantType) -> None:
+    """Unpack a weight: the float32 value, rounded once to ``out``'s dtype.
+
+    Args:
+        out: float32, float16 or bfloat16, contiguous, as many elements as ``packed`` has weights.
+        packed: uint8, contiguous, whole blocks, on ``out``'s device, which is the current one.
+        quant_type: one of ``FORMULAS``.
+    """
+    formula = FORMULAS[quant_type.name]
+    n_blocks = packed.numel() // quant_type.type_size
+    blocks = DEQUANTIZED_AT_ONCE // quant_type.block_size
+    dequantize_kernel[(triton.cdiv(n_blocks, blocks),)](
+        out,
+        packed,
+        formula.table(packed.device),
+        n_blocks,
+        WEIGHTS=formula.weights,
+        BLOCK_SIZE=quant_type.block_size,
+        TYPE_SIZE=quant_type.type_size,
+        BLOCKS=blocks,
+    )
+
+
+def linear_into(
+    out: torch.Tensor, input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bias: torch.Tensor | None
+) -> None:
+    """``input @ dequantize(packed).T + bias`` in one pass over the packed weight, for few rows of input.
+
+    The weights are rounded to ``input``'s dtype, as those of a dense weight are; products and sums are float32, and
+    the result is rounded once, after the bias.
+
+    Args:
+        out: ``(rows, out_features)``, of ``input``'s dtype, contiguous.
+        input: ``(rows, in_features)``, float32, float16 or bfloat16, contiguous, 1 to ``FEW_ROWS`` rows.
+        packed: ``(out_features, row_bytes) uint8``, contiguous, on ``input``'s device, which is the current one.
+        quant_type: one of ``FORMULAS``.
+        bias: ``(out_features,)``, of any floating dtype, contiguous, or None.
+    """
+    formula = FORMULAS[quant_type.name]
+    input_rows, weight_rows = out.shape
+    linear_kernel[(triton.cdiv(weight_rows, WEIGHT_ROWS),)](
+        out,
+        input,
+        packed,
+        formula.table(packed.device),
+        bias,
+        input_rows,
+        weight_rows,
+        packed.shape[1] // quant_type.type_size,
+        WEIGHTS=formula.weights,
+        BLOCK_SIZE=quant_type.block_size,
+        TYPE_SIZE=quant_type.type_size,
+        BLOCKS=WEIGHT_COLUMNS // quant_type.block_size,
+        INPUT_ROWS=triton.next_power_of_2(input_rows),
+        WEIGHT_ROWS=WEIGHT_ROWS,
+        # Each thread holds a share of the tile for every row of input: sixteen rows take eight warps' registers.
+        num_warps=4 if input_rows <= 8 else 8,
+    )
+
+
+@triton.jit(do_not_specialize=["n_blocks"])
+def dequantize_kernel(
+    out,
+    packed,
+    table,
+    n_blocks,
+    WEIGHTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TYPE_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """A program unpacks ``BLOCKS`` neighbours; the last one reads its last block again instead of what is beyond."""
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    rest = tl.minimum(n_blocks - first, BLOCKS).to(tl.int32)
+    block = tl.minimum(tl.arange(0, BLOCKS), rest - 1)
+    weights = WEIGHTS(packed + first * TYPE_SIZE + block * TYPE_SIZE, table)
+    i = tl.arange(0, BLOCKS * BLOCK_SIZE)
+    weights = tl.reshape(weights, (BLOCKS * BLOCK_SIZE,)).to(out.dtype.element_ty)
+    tl.store(out + first * BLOCK_SIZE + i, weights, mask=i < rest * BLOCK_SIZE)
+
+
+@triton.jit(do_not_specialize=["input_rows", "weight_rows", "row_blocks"])
+def linear_kernel(
+    out,
+    input,
+    packed,
+    table,
+    bias,
+    input_rows,
+    weight_rows,
+    row_blocks,
+    WEIGHTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TYPE_SIZE: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    INPUT_ROWS: tl.constexpr,
+    WEIGHT_ROWS: tl.constexpr,
+):
+    """A program multiplies the whole input with ``WEIGHT_ROWS`` rows of the weight, ``BLOCKS`` blocks at a time.
+
+    Beyond the last row or block it reads the last one again. The products are summed over the blocks first, and over
+    the columns of a tile once, at the end.
+    """
+    COLUMNS: tl.constexpr = BLOCKS * BLOCK_SIZE
+    first_row = tl.program_id(0) * WEIGHT_ROWS
+    tile = tl.arange(0, WEIGHT_ROWS * BLOCKS)
+    tile_row = tl.minimum(first_row + tile // BLOCKS, weight_rows - 1)
+    packed_row = packed + tile_row.to(tl.int64) * (row_blocks * TYPE_SIZE)
+    input_row = tl.arange(0, INPUT_ROWS)[:, None]
+
+    products = tl.zeros((INPUT_ROWS, WEIGHT_ROWS, COLUMNS), tl.float32)
+    for first in range(0, row_blocks, BLOCKS):
+        block = tl.minimum(first + tile % BLOCKS, row_blocks - 1)
+        weights = tl.reshape(WEIGHTS(packed_row + block * TYPE_SIZE, table), (1, WEIGHT_ROWS, COLUMNS))
+        column = first * BLOCK_SIZE + tl.arange(0, COLUMNS)[None, :]
+        inside = column < row_blocks * BLOCK_SIZE
+        weights = tl.where(inside[:, None, :], weights, 0.0).to(input.dtype.element_ty).to(tl.float32)
+        pointers = input + (input_row * (row_blocks * BLOCK_SIZE) + column)
+        values = tl.load(pointers, mask=inside & (input_row < input_rows), other=0.0).to(tl.float32)
+        products += values[:, None, :] * weights
+    sums = tl.sum(products, 2)
+
+    weight_row = first_row + tl.arange(0, WEIGHT_ROWS)[None, :]
+    inside = weight_row < weight_rows
+    if bias is not None:
+        sums += tl.load(bias + weight_row, mask=inside, other=0.0).to(tl.float32)
+    pointers = out + (input_row * weight_rows + weight_row)
+    tl.store(pointers, sums.to(out.dtype.element_ty), mask=inside & (input_row < input_rows))
