@@ -1,0 +1,137 @@
+"""LoRA files of AuraFlow, in every spelling that trainers write.
+
+ComfyUI maps ``diffusion_model.<native>``, ``lora_unet_<native>`` and ``transformer.<diffusers>``. Trainers also write
+PEFT's ``base_model.model.``, LyCORIS's ``lycoris_``, kohya's ``lora_transformer_`` and names with no prefix at all,
+each in both spellings.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import comfy.lora
+import comfy.utils
+from comfy.model_patcher import ModelPatcher
+
+from .architecture import TensorsError, listed
+from .auraflow import AURAFLOW
+from .errors import ModelFileError
+from .weights import swap_row_halves
+
+MODEL = "diffusion_model."
+
+DOTTED_PREFIXES = (
+    "",
+    "diffusion_model.",
+    "model.diffusion_model.",
+    "transformer.",
+    "base_model.model.",
+    "base_model.model.diffusion_model.",
+    "base_model.model.transformer.",
+)
+UNDERSCORED_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
+
+# What follows a module's name in a LoRA file: the suffixes that ComfyUI's weight adapters read.
+_SUFFIX = re.compile(
+    r"(\.lora_(up|down|mid)(\.weight)?|\.lora_[AB](\.default)?(\.weight)?|\.lora\.(up|down)\.weight|_lora\.(up|down)\.weight"
+    r"|\.lora_linear_layer\.(up|down)\.weight|\.[ab][12]\.weight|\.hada_(w[12]_[ab]|t[12])|\.lokr_(w[12](_[ab])?|t2)"
+    r"|\.oft_(blocks|diag)|\.rescale|\.alpha|\.dora_scale|\.diff(_b)?|\.set_weight|\.reshape_weight)$"
+)
+
+# LoRAs of other models, by a name that only they have.
+_OTHER_LORAS = (
+    ("a Flux LoRA", r"(double_blocks|single_blocks)[._]\d|[._]proj_mlp|(?<!joint)[._]transformer_blocks[._]\d"),
+    ("an SDXL or SD1 LoRA", r"(input|output|down|up)_blocks[._]\d|mid(dle)?_block[._]"),
+    ("an SD3 LoRA", r"joint_blocks[._]\d"),
+    ("a Wan LoRA", r"(^|[._])blocks[._]\d+[._](self|cross)_attn"),
+    ("a text encoder's LoRA", r"^(lora_te\d?_|text_encoder)"),
+)
+
+
+@dataclass(frozen=True)
+class LoraReport:
+    """What became of a LoRA file's modules.
+
+    Attributes:
+        matched: how many were applied.
+        modules: how many the file holds.
+        unmatched: the names of those that the model does not have.
+    """
+
+    matched: int
+    modules: int
+    unmatched: tuple[str, ...]
+
+    def __str__(self) -> str:
+        text = f"matched {self.matched} of {self.modules} modules"
+        return f"{text}; not in this model: {listed(self.unmatched)}" if self.unmatched else text
+
+
+def key_map(names: Iterable[str]) -> dict[str, str | tuple]:
+    """Where a LoRA's module goes, by every name that it may have.
+
+    Args:
+        names: the model's state dict keys.
+
+    Returns:
+        module name in a LoRA file → state dict key, or ComfyUI's ``(key, offset, function)`` where the rows of the
+        change have to change places, as in diffusers' ``norm_out.linear``.
+    """
+    targets: dict[str, str | tuple] = {}
+    for key in names:
+        native = key.removeprefix(MODEL)
+        if not native.endswith(".weight") or not (found := AURAFLOW.find(native, "native")):
+            continue
+        swapped = (key, None, swap_row_halves) if found[0].swap_halves else key
+        spellings = ((native, key), (AURAFLOW.spell(native, "diffusers"), swapped))
+        for name, target in spellings:
+            module = name.removesuffix(".weight")
+            targets |= {f"{prefix}{module}": target for prefix in DOTTED_PREFIXES}
+            targets |= {f"{prefix}{module.replace('.', '_')}": target for prefix in UNDERSCORED_PREFIXES}
+    return targets
+
+
+def load_lora(model: ModelPatcher, path: str | os.PathLike, strength: float) -> tuple[ModelPatcher, LoraReport]:
+    """A clone of an AuraFlow model, packed or dense, with a LoRA file's patches.
+
+    Args:
+        model: not changed.
+        path: a safetensors or torch file of any kind of adapter that ComfyUI knows.
+        strength: factor of the change; may be negative.
+
+    Raises:
+        ModelFileError: when the file is no LoRA, or none of its modules is in the model.
+    """
+    state = comfy.utils.load_torch_file(os.fspath(path), safe_load=True)
+    modules = {_SUFFIX.sub("", name) for name in state if _SUFFIX.search(name)}
+    if not modules:
+        raise ModelFileError(
+            path,
+            found=f"{len(state)} tensors of which none is a LoRA's ({listed(list(state))})",
+            expected="a LoRA of AuraFlow",
+            advice="Pick a LoRA file; a whole model belongs in a model loader.",
+        )
+    targets = {name: target for name, target in key_map(model.model.state_dict()).items() if name in modules}
+    if not targets:
+        raise TensorsError(
+            path,
+            found=f"{_kind(modules)} ({listed(sorted(modules))})",
+            expected="a LoRA of AuraFlow",
+            advice="None of its modules is in this model, so it would change nothing: pick a LoRA made for AuraFlow.",
+            tensors=sorted(modules),
+        )
+    clone = model.clone()
+    applied = set(clone.add_patches(comfy.lora.load_lora(state, targets, log_missing=False), strength))
+    matched = {name for name, target in targets.items() if target in applied}
+    unmatched = tuple(sorted(modules - matched))
+    return clone, LoraReport(len(matched), len(modules), unmatched)
+
+
+def _kind(modules: Iterable[str]) -> str:
+    for what, pattern in _OTHER_LORAS:
+        if any(re.search(pattern, name) for name in modules):
+            return what
+    return "a LoRA of an unknown model"

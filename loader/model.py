@@ -1,0 +1,87 @@
+"""A GGUF file as a MODEL of ComfyUI."""
+
+from __future__ import annotations
+
+import logging
+import os
+
+import comfy.model_management
+import comfy.sd
+import torch
+
+from .architecture import Match, listed, match
+from .auraflow import AURAFLOW
+from .gguf_file import GGUFFile, open_gguf
+from .ops import GGUFOps
+from .patcher import GGUFModelPatcher, GGUFModelPatcherDynamic, for_packed_weights
+from .weights import state_dict
+
+logger = logging.getLogger(__name__)
+
+# Types that AuraFlow computes in, in the order of ComfyUI's preference.
+COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def load_model(
+    path: str | os.PathLike, compute_dtype: torch.dtype | None = None, disable_dynamic: bool = False
+) -> GGUFModelPatcher | GGUFModelPatcherDynamic:
+    """Load an AuraFlow transformer.
+
+    Args:
+        path: a GGUF file, in any spelling and of any quantization types.
+        compute_dtype: what the model computes in; None leaves the choice to ComfyUI.
+        disable_dynamic: use ComfyUI's static patcher, also where dynamic VRAM is on.
+
+    Returns:
+        A model patcher; the packed weights are views on the memory-mapped file.
+
+    Raises:
+        ModelFileError: the file is broken, or no AuraFlow transformer.
+    """
+    file = open_gguf(path)
+    matched = match(
+        AURAFLOW,
+        {name: info.shape for name, info in file.tensors.items()},
+        metadata=file.metadata,
+        path=file.path,
+    )
+    if matched.skipped:
+        logger.info(
+            "%s: %d tensors of other parts are left out: %s",
+            os.path.basename(file.path),
+            len(matched.skipped),
+            listed(matched.skipped),
+        )
+    dtype = compute_dtype or _compute_dtype(matched)
+    patcher = comfy.sd.load_diffusion_model_state_dict(
+        state_dict(file, matched, dtype),
+        model_options={"dtype": dtype, "custom_operations": GGUFOps},
+        disable_dynamic=disable_dynamic,
+    )
+    # The weights show `dtype` as theirs, and so that is what the model computes in.
+    patcher.model.manual_cast_dtype = None
+    patcher = for_packed_weights(patcher)
+    patcher.cached_patcher_init = (load_model, (os.fspath(path), compute_dtype))
+    logger.info("%s: %s", os.path.basename(file.path), _summary(file, matched, dtype))
+    return patcher
+
+
+def _compute_dtype(matched: Match) -> torch.dtype:
+    """ComfyUI's own choice for a model of this size on its device."""
+    management = comfy.model_management
+    device = management.get_torch_device()
+    parameters = sum(torch.Size(source.shape).numel() for source in matched.weights.values())
+    dtype = management.unet_dtype(device, model_params=parameters, supported_dtypes=list(COMPUTE_DTYPES))
+    return management.unet_manual_cast(dtype, device, list(COMPUTE_DTYPES)) or dtype
+
+
+def _summary(file: GGUFFile, matched: Match, dtype: torch.dtype) -> str:
+    sizes: dict[str, int] = {}
+    for source in matched.weights.values():
+        info = file.tensors[source.name]
+        sizes[info.type.name] = sizes.get(info.type.name, 0) + info.nbytes
+    shares = ", ".join(f"{name} {size / 2**20:.0f} MB" for name, size in sorted(sizes.items(), key=lambda x: -x[1]))
+    return (
+        f"AuraFlow of {matched.dimensions['double_layers']} double and {matched.dimensions['single_layers']} single "
+        f"layers, {shares}; computes in {str(dtype).removeprefix('torch.')}"
+    )

@@ -1,0 +1,49 @@
+"""The tensors of a checked file as a state dict: linears packed, everything else dense."""
+
+from __future__ import annotations
+
+import torch
+
+from .architecture import Match, Source
+from .gguf_file import GGUFFile
+from .layout import is_packed, pack
+
+# Types that torch can hold as they are; a linear of one of them is packed all the same when the model
+# computes in another, so that no dense copy is made when it is used.
+DENSE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def state_dict(file: GGUFFile, matched: Match, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Weights by native name, as views on the memory map wherever the bytes allow it.
+
+    Args:
+        file: the opened file.
+        matched: what its tensors mean.
+        dtype: the compute type, which packed weights show as theirs.
+
+    Returns:
+        Native name → tensor of its logical shape. Weights of linears are packed, or dense when they are stored
+        in ``dtype``; bare parameters and biases are dense, in ``dtype`` unless they are stored in another
+        type that torch can hold.
+    """
+    return {name: _tensor(file, name, source, dtype) for name, source in matched.weights.items()}
+
+
+def _tensor(file: GGUFFile, name: str, source: Source, dtype: torch.dtype) -> torch.Tensor:
+    quant_type = file.tensors[source.name].type
+    stored = DENSE_DTYPES.get(quant_type.name)
+    packed = file.packed(source.name)
+    if name.endswith(".weight") and stored != dtype:
+        weight = pack(packed, quant_type.name, source.shape, dtype)
+    elif stored is not None:
+        weight = packed.view(stored).reshape(source.shape)
+    else:
+        weight = quant_type.dequantize(packed.view(-1, quant_type.type_size), dtype).reshape(source.shape)
+    return swap_row_halves(weight) if source.swap_halves else weight
+
+
+def swap_row_halves(weight: torch.Tensor) -> torch.Tensor:
+    """The second half of the rows first: a packed weight stays packed, for its rows are independent."""
+    if is_packed(weight):
+        return weight._copy_with(qdata=swap_row_halves(weight._qdata))
+    return torch.cat(weight.chunk(2)[::-1])

@@ -1,0 +1,26 @@
+"""The nodes of the pack, one file each, and the extension that hands them to ComfyUI."""
+
+from __future__ import annotations
+
+from comfy_api.latest import ComfyExtension, io
+
+from .convert import AuraFlowGGUFConvert
+from .folders import register_gguf_folders
+from .importance import AuraFlowGGUFImportance
+from .lora_loader import AuraFlowLoraLoader
+from .model_loader import AuraFlowGGUFLoader
+from .save import AuraFlowGGUFSave
+
+
+class AuraFlowGGUFExtension(ComfyExtension):
+    async def on_load(self) -> None:
+        register_gguf_folders()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return [
+            AuraFlowGGUFLoader,
+            AuraFlowLoraLoader,
+            AuraFlowGGUFConvert,
+            AuraFlowGGUFSave,
+            AuraFlowGGUFImportance,
+        ]

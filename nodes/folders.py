@@ -1,0 +1,30 @@
+"""Where ComfyUI finds GGUF files, and which file a node's input means."""
+
+from __future__ import annotations
+
+import os
+
+import folder_paths
+
+MODEL_FOLDER = "unet_gguf"
+
+# The keys that GGUF packs agree on, over ComfyUI's own folders.
+_GGUF_FOLDERS = {MODEL_FOLDER: "diffusion_models"}
+
+
+def register_gguf_folders() -> None:
+    """Make ``.gguf`` files of ComfyUI's model folders known, keeping what other packs and
+    extra_model_paths.yaml have registered under the same keys."""
+    for key, folder in _GGUF_FOLDERS.items():
+        known, extensions = folder_paths.folder_names_and_paths.get(key, ([], set()))
+        paths = list(dict.fromkeys([*known, *folder_paths.get_folder_paths(folder)]))
+        folder_paths.folder_names_and_paths[key] = (paths, {*extensions, ".gguf"})
+
+
+def fingerprint(folder: str, name: str) -> str:
+    """Path, size and modification time: what changes when a file is replaced."""
+    path = folder_paths.get_full_path(folder, name)
+    if path is None:
+        return f"{name}: missing"
+    stat = os.stat(path)
+    return f"{path} {stat.st_size} {stat.st_mtime_ns}"

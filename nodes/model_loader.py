@@ -1,0 +1,59 @@
+"""The node Load AuraFlow (GGUF)."""
+
+from __future__ import annotations
+
+import folder_paths
+import torch
+from comfy_api.latest import io
+
+from ..loader.model import load_model
+from .folders import MODEL_FOLDER, fingerprint
+
+_COMPUTE_DTYPES = {
+    "auto": None,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+
+
+class AuraFlowGGUFLoader(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AuraFlowGGUFLoader",
+            display_name="Load AuraFlow (GGUF)",
+            category="loaders/AuraFlow",
+            description=(
+                "Loads an AuraFlow or Pony V7 transformer from a GGUF file of any quantization type. "
+                "The weights stay packed in memory and are dequantized as they are used."
+            ),
+            search_aliases=["gguf", "auraflow", "pony v7", "unet loader gguf", "quantized model"],
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=folder_paths.get_filename_list(MODEL_FOLDER),
+                    tooltip="A .gguf file in models/diffusion_models or models/unet, subfolders included.",
+                ),
+                io.Combo.Input(
+                    "compute_dtype",
+                    options=list(_COMPUTE_DTYPES),
+                    default="auto",
+                    advanced=True,
+                    tooltip=(
+                        "What the model computes in. auto is what ComfyUI would choose for the same model in "
+                        "16 bit. It does not change how much memory the weights take."
+                    ),
+                ),
+            ],
+            outputs=[io.Model.Output(tooltip="The transformer, for any node that takes a MODEL.")],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model_name: str, compute_dtype: str = "auto") -> str:
+        return f"{fingerprint(MODEL_FOLDER, model_name)} {compute_dtype}"
+
+    @classmethod
+    def execute(cls, model_name: str, compute_dtype: str = "auto") -> io.NodeOutput:
+        path = folder_paths.get_full_path_or_raise(MODEL_FOLDER, model_name)
+        return io.NodeOutput(load_model(path, _COMPUTE_DTYPES[compute_dtype]))
