@@ -1,0 +1,259 @@
+"""The command ``auraflow-gguf``; also ``python cli.py`` from the pack's folder, without installing anything."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import importlib.util
+import json
+import logging
+import sys
+import time
+from pathlib import Path
+
+OK, BAD_FILE, USAGE = 0, 1, 2  # exit codes; argparse exits with 2 itself
+INTERRUPTED = 130
+
+WORST = 10  # tensors that compare shows
+MEASURED_TYPES = ("Q3_K", "Q4_K", "Q5_K", "Q6_K")  # of sensitivity
+OPTIONAL = ("libgguf", "diffusers")  # packages that some commands need, and say so
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
+    from .loader.errors import ModelFileError
+
+    try:
+        return options.command(options, parser)
+    except (ModelFileError, OSError) as error:
+        print(f"auraflow-gguf: {error}", file=sys.stderr)
+        return BAD_FILE
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        parser.error(str(error))
+    except KeyboardInterrupt:
+        print("\nauraflow-gguf: interrupted; no unfinished file was left.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="auraflow-gguf", description="Make and examine GGUF files of AuraFlow and Pony V7 transformers."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    convert = commands.add_parser("convert", help="make a GGUF file from a checkpoint")
+    convert.add_argument("source", help="safetensors file or index, diffusers folder, .ckpt, .pt or .gguf")
+    convert.add_argument("target", help="the .gguf file to make")
+    convert.add_argument("--type", required=True, help="Q8_0, Q4_K_M, IQ4_XS, BF16, …; an unknown one lists them all")
+    convert.add_argument(
+        "--tensor-type",
+        action="append",
+        default=[],
+        metavar="PATTERN=TYPE",
+        help="a type for the tensors that fit, before the recipe's: 'single_layers.*.mlp.c_proj=Q6_K'; repeatable",
+    )
+    convert.add_argument("--imatrix", metavar="FILE", help="an importance matrix: what the weights' errors matter")
+    convert.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
+    convert.set_defaults(command=_convert)
+
+    inspect = commands.add_parser("inspect", help="say what a GGUF file holds")
+    inspect.add_argument("file")
+    inspect.add_argument("--json", action="store_true", help="for programs")
+    inspect.set_defaults(command=_inspect)
+
+    verify = commands.add_parser("verify", help="check a GGUF file's structure and all of its numbers")
+    verify.add_argument("file")
+    verify.set_defaults(command=_verify)
+
+    compare = commands.add_parser("compare", help="say how far two checkpoints are apart, weight by weight")
+    compare.add_argument("a", metavar="A", help="the reference: anything that convert takes")
+    compare.add_argument("b", metavar="B", help="the other, such as a GGUF file made from it")
+    compare.add_argument("--forward", action="store_true", help="compare the outputs of the transformers too")
+    compare.add_argument("--json", action="store_true", help="for programs")
+    _add_inputs(compare)
+    compare.set_defaults(command=_compare)
+
+    sensitivity = commands.add_parser(
+        "sensitivity", help="measure what quantizing each group of weights does to the transformer's output"
+    )
+    sensitivity.add_argument("model", metavar="MODEL", help="anything that convert takes, at best unquantized")
+    sensitivity.add_argument(
+        "--type", action="append", metavar="TYPE", help="a type to measure; repeatable; without it Q3_K to Q6_K"
+    )
+    sensitivity.add_argument("--json", action="store_true", help="for programs")
+    _add_inputs(sensitivity)
+    sensitivity.set_defaults(command=_sensitivity)
+    return parser
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    """Options for running the transformer."""
+    parser.add_argument("--device", default="cpu", help="what it runs on: cpu, cuda, mps")
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--size", type=int, default=32, help="of the latent: an eighth of the picture's pixels")
+    parser.add_argument("--tokens", type=int, default=64, help="length of the text")
+    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+
+
+def _convert(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .quantizer.recipe import recipe_for
+
+    try:
+        recipe_for(options.type, options.tensor_type, imatrix=options.imatrix is not None)
+    except ValueError as error:
+        parser.error(str(error))
+    from .quantizer.convert import convert
+
+    with _ProgressLine() as progress:
+        convert(
+            options.source,
+            options.target,
+            options.type,
+            overwrite=options.overwrite,
+            tensor_types=options.tensor_type,
+            imatrix=options.imatrix,
+            progress=progress,
+        )
+    print(f"{options.target}: {Path(options.target).stat().st_size / 1e9:.2f} GB written.")
+    return OK
+
+
+def _inspect(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .quantizer.inspection import describe
+
+    description = describe(options.file)
+    if options.json:
+        report = dataclasses.asdict(description)
+        for group, entry in zip(description.groups, report["groups"], strict=True):
+            entry["bits_per_weight"] = round(group.bits_per_weight, 4)
+        print(json.dumps(report, indent=2))
+        return OK
+
+    print(f"{description.path}: {description.model}, {description.spelling} names", end="")
+    print(f" after {description.prefix!r}" if description.prefix else "")
+    for key, value in (description.dimensions | description.metadata).items():
+        print(f"  {key}: {value}")
+    if not description.annotated:
+        print("  not annotated: made by an older or another converter")
+    if description.skipped:
+        print(f"  {description.skipped} tensors of other parts")
+    print(f"{'':20}{'weights':>16}{'GB':>8}{'bits':>7}  types")
+    for group in description.groups:
+        types = ", ".join(f"{name} × {count}" for name, count in group.types.items())
+        print(f"{group.name:20}{group.weights:16,}{group.nbytes / 1e9:8.2f}{group.bits_per_weight:7.2f}  {types}")
+    print(f"VRAM: {description.total.nbytes / 1e9:.2f} GB for the weights, fully loaded, and what sampling takes.")
+    return OK
+
+
+def _verify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .quantizer.inspection import verify
+
+    with _ProgressLine() as progress:
+        problems = verify(options.file, progress=progress)
+    for problem in problems:
+        print(problem)
+    print(f"{options.file}: {'damaged' if problems else 'sound'}.")
+    return BAD_FILE if problems else OK
+
+
+def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .quantizer.comparison import compare
+
+    with _ProgressLine() as progress:
+        everything, differences = compare(options.a, options.b, progress=progress)
+    report = {"all": dataclasses.asdict(everything), "tensors": [dataclasses.asdict(entry) for entry in differences]}
+    if options.forward:
+        from .quantizer.evaluation import output_errors
+
+        report["forward"] = output_errors(options.a, options.b, _inputs(options))
+    if options.json:
+        print(json.dumps(report, indent=2))
+        return OK
+
+    print(f"{'':44}{'relative error':>15}{'cosine':>12}")
+    for entry in (everything, *differences[:WORST]):
+        print(f"{entry.name:44}{entry.relative_error:15.6f}{entry.cosine:12.8f}")
+    if len(differences) > WORST:
+        print(f"… and {len(differences) - WORST} tensors with less")
+    for timestep, error in report.get("forward", {}).items():
+        print(f"output at timestep {timestep}: relative error {error:.6f}")
+    return OK
+
+
+def _sensitivity(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .quantizer.recipe import NEEDS_IMATRIX, RECIPES
+    from .quantizer.sensitivity import QUANT_TYPES, sensitivity
+
+    types = [name.upper() for name in options.type or MEASURED_TYPES]
+    measurable = [name for name in RECIPES if name in QUANT_TYPES and name not in NEEDS_IMATRIX]
+    for name in types:
+        if name not in measurable:
+            parser.error(f"{name} cannot be measured. These can: {', '.join(measurable)}.")
+    with _ProgressLine() as progress:
+        rows = sensitivity(options.model, types, _inputs(options), progress=progress)
+    if options.json:
+        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        return OK
+    print("Relative error of the output when only these weights have the type, and the MB that they then take")
+    print(f"| weights quantized | millions | {' | '.join(types)} |")
+    print("|---|---|" + "---|" * len(types))
+    for row in rows:
+        cells = (f"{row.errors[name]:.5f} ({row.nbytes[name] / 1e6:.1f})" for name in types)
+        print(f"| {row.group} | {row.weights / 1e6:.1f} | {' | '.join(cells)} |")
+    return OK
+
+
+def _inputs(options: argparse.Namespace):
+    import torch
+
+    from .quantizer.evaluation import Inputs
+
+    return Inputs(
+        size=options.size,
+        tokens=options.tokens,
+        seed=options.seed,
+        device=options.device,
+        dtype=getattr(torch, options.dtype),
+    )
+
+
+class _ProgressLine:
+    """A line that is rewritten in place, on a terminal: called with how much is done, and of how much."""
+
+    def __init__(self):
+        self._shown = sys.stderr.isatty()
+        self._start = time.monotonic()
+
+    def __enter__(self):
+        return self
+
+    def __call__(self, done: int, total: int) -> None:
+        if self._shown:
+            seconds = time.monotonic() - self._start
+            bar = "#" * (30 * done // total)
+            left = seconds * (total - done) / done
+            print(f"\r[{bar:<30}] {100 * done // total:3d} %, {left:4.0f} s left ", end="", file=sys.stderr, flush=True)
+
+    def __exit__(self, *_):
+        if self._shown:
+            print(file=sys.stderr)
+
+
+def _register_pack() -> None:
+    """Make this folder, whatever its name, importable as ``auraflow_gguf``."""
+    folder = Path(__file__).resolve().parent
+    spec = importlib.util.spec_from_file_location(
+        "auraflow_gguf", folder / "__init__.py", submodule_search_locations=[str(folder)]
+    )
+    sys.modules["auraflow_gguf"] = module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+
+if __name__ == "__main__":
+    _register_pack()
+    sys.exit(importlib.import_module("auraflow_gguf.cli").main())

@@ -1,0 +1,130 @@
+"""The node Convert to AuraFlow GGUF."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import comfy.model_management
+import comfy.utils
+import folder_paths
+from comfy_api.latest import io, ui
+
+from ..quantizer.recipe import RECIPES
+from .folders import MODEL_FOLDER, fingerprint
+from .importance import NO_FILE, imatrix_input, imatrix_path
+
+_SOURCE_FOLDERS = ("diffusion_models", "checkpoints", MODEL_FOLDER)
+_TARGET_FOLDER = "diffusion_models"
+
+
+def type_input() -> io.Combo.Input:
+    return io.Combo.Input(
+        "type",
+        options=list(RECIPES),
+        default="Q4_K_M",
+        tooltip="Q8_0 is near lossless, Q4_K_M a third of 16 bit. IQ1_S, IQ2_XXS and IQ2_XS need an imatrix.",
+    )
+
+
+def tensor_types_input() -> io.String.Input:
+    return io.String.Input(
+        "tensor_types",
+        default="",
+        multiline=True,
+        advanced=True,
+        tooltip="Types that go before the recipe's, one PATTERN=TYPE a line: single_layers.*.mlp.c_proj=Q6_K",
+    )
+
+
+def rules(tensor_types: str) -> list[str]:
+    return [line.strip() for line in tensor_types.splitlines() if line.strip()]
+
+
+def shown_progress() -> Callable[[int, int], None]:
+    """A progress callback that moves the node's bar, and stops when the person interrupts."""
+    bar = comfy.utils.ProgressBar(1)
+
+    def report(done: int, total: int) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        bar.update_absolute(done, total)
+
+    return report
+
+
+class AuraFlowGGUFConvert(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AuraFlowGGUFConvert",
+            display_name="Convert to AuraFlow GGUF",
+            category="advanced/AuraFlow",
+            description=(
+                "Makes a GGUF file from an AuraFlow or Pony V7 checkpoint, in one step and tensor by tensor, "
+                "so that a large model needs little memory."
+            ),
+            search_aliases=["gguf", "quantize", "convert", "q4_k_m"],
+            inputs=[
+                io.Combo.Input(
+                    "source",
+                    options=[
+                        f"{folder}/{name}"
+                        for folder in _SOURCE_FOLDERS
+                        for name in folder_paths.get_filename_list(folder)
+                    ],
+                    tooltip="A checkpoint in any spelling; of a sharded one, any part.",
+                ),
+                type_input(),
+                io.String.Input(
+                    "output_name",
+                    default="",
+                    tooltip="The file's name in models/diffusion_models. Empty: the source's name and the type.",
+                ),
+                io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name."),
+                imatrix_input(tooltip="An importance matrix in output/imatrix.", optional=True),
+                tensor_types_input(),
+            ],
+            outputs=[io.String.Output("path", tooltip="The file that was made.")],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, source: str, **kwargs) -> str:
+        folder, _, name = source.partition("/")
+        return f"{fingerprint(folder, name)} {sorted(kwargs.items())}"
+
+    @classmethod
+    def execute(
+        cls,
+        source: str,
+        type: str,
+        output_name: str = "",
+        overwrite: bool = False,
+        imatrix: str = NO_FILE,
+        tensor_types: str = "",
+    ) -> io.NodeOutput:
+        from ..quantizer.convert import convert, model_name  # needs libgguf, the other nodes do not
+
+        folder, _, name = source.partition("/")
+        if folder not in _SOURCE_FOLDERS:
+            raise ValueError(f"{source} is in none of the folders {', '.join(_SOURCE_FOLDERS)}.")
+        path = folder_paths.get_full_path_or_raise(folder, name)
+        target = _target(output_name or f"{model_name(path)}-{type}")
+        convert(
+            path,
+            target,
+            type,
+            overwrite=overwrite,
+            tensor_types=rules(tensor_types),
+            imatrix=imatrix_path(imatrix),
+            progress=shown_progress(),
+        )
+        return io.NodeOutput(str(target), ui=ui.PreviewText(str(target)))
+
+
+def _target(name: str) -> Path:
+    if name != os.path.basename(name) or name in (".", ".."):
+        raise ValueError(f"{name} is not a file's name: give one without a folder.")
+    name = name if name.lower().endswith(".gguf") else f"{name}.gguf"
+    return Path(folder_paths.get_folder_paths(_TARGET_FOLDER)[0], name)

@@ -1,0 +1,1 @@
+"""Making GGUF files: checkpoint → recipe → packed tensors → file. Imports without ComfyUI."""

@@ -1,0 +1,249 @@
+"""A checkpoint to a GGUF file: each tensor is read, packed by libgguf a few rows at a time, and written."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+try:
+    import libgguf
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "Making GGUF files needs ggml's quantizers: pip install libgguf", name="libgguf"
+    ) from error
+
+from ..loader.architecture import Match, Source, annotations, listed, match
+from ..loader.auraflow import AURAFLOW
+from ..loader.errors import ModelFileError
+from ..loader.quant_types.base import QuantType
+from .checkpoint import Checkpoint, open_checkpoint, swap_halves
+from .imatrix import ImportanceMatrix, check_imatrix, read_imatrix
+from .recipe import NEEDS_IMATRIX, Recipe, recipe_for
+from .writer import TensorSpec, write_gguf
+
+logger = logging.getLogger(__name__)
+
+# (weights written so far, weights in all)
+Progress = Callable[[int, int], None]
+
+CHUNK = 1 << 24  # weights packed at a time, 64 MB as float32
+QUANTIZATION_VERSION = 2  # ggml's GGML_QNT_VERSION
+
+MAX_FLOAT16 = 65504.0
+# Types whose numbers, or whose blocks' scales, reach as far as float32; all others hold a float16 in their place.
+WIDE_TYPES = ("F32", "BF16", "MXFP4")
+
+# What a source's metadata say of the model: GGUF's keys, and those of safetensors' modelspec.
+DESCRIPTION = {
+    "general.name": ("general.name", "modelspec.title"),
+    "general.author": ("general.author", "modelspec.author"),
+    "general.license": ("general.license", "modelspec.license"),
+}
+
+
+def convert(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    type_name: str,
+    *,
+    overwrite: bool = False,
+    tensor_types: Iterable[str] = (),
+    imatrix: str | os.PathLike | None = None,
+    progress: Progress | None = None,
+    fixed: Mapping[str, int] | None = None,
+) -> None:
+    """Make the GGUF file ``target``, in native spelling, from an AuraFlow checkpoint.
+
+    Args:
+        source: what `open_checkpoint` takes, in either spelling, with any prefix.
+        target: the file to be made.
+        type_name: a name among `RECIPES`.
+        overwrite: replace a ``target`` that exists.
+        tensor_types: rules ``PATTERN=TYPE`` that go before the recipe's.
+        imatrix: an importance matrix, as `read_imatrix` takes it.
+        progress: called with the number of weights written so far and in all.
+        fixed: passed to `match`.
+
+    Raises:
+        ValueError: ``type_name`` or ``tensor_types`` cannot be used.
+        ModelFileError: ``source``, ``target`` or ``imatrix`` cannot be used; ``target`` is then as it was.
+    """
+    recipe = recipe_for(type_name, tensor_types, imatrix=imatrix is not None)
+    convert_checkpoint(
+        open_checkpoint(source),
+        target,
+        recipe,
+        name=model_name(source),
+        overwrite=overwrite,
+        imatrix=imatrix,
+        progress=progress,
+        fixed=fixed,
+    )
+
+
+def convert_checkpoint(
+    checkpoint: Checkpoint,
+    target: str | os.PathLike,
+    recipe: Recipe,
+    *,
+    name: str,
+    overwrite: bool = False,
+    imatrix: str | os.PathLike | None = None,
+    progress: Progress | None = None,
+    fixed: Mapping[str, int] | None = None,
+) -> None:
+    """`convert`, of an opened checkpoint; ``name`` is the model's where its metadata have none."""
+    if os.path.exists(target) and any(os.path.samefile(file, target) for file in checkpoint.files):
+        raise ModelFileError(
+            target,
+            found="the source of the conversion under this name",
+            expected="another file",
+            advice="Choose another name for the result.",
+        )
+    found = match(AURAFLOW, checkpoint.shapes, metadata=checkpoint.metadata, path=checkpoint.path, fixed=fixed)
+    if found.skipped:
+        logger.info("left out: %d tensors of other parts, such as %s", len(found.skipped), found.skipped[0])
+    unused = recipe.unused_rules(found.weights)
+    if unused:
+        raise ModelFileError(
+            checkpoint.path,
+            found=f"no tensor that fits {', '.join(map(repr, unused))}",
+            expected="native names, such as single_layers.0.mlp.c_proj, with * for any text",
+            advice="Correct the pattern.",
+        )
+    tensors = [
+        TensorSpec(name, source.shape, recipe.type_of(name, source.shape, checkpoint.dtype(source.name)))
+        for name, source in sorted(found.weights.items(), key=lambda item: _natural_order(item[0]))
+    ]
+    _warn_of_generation_loss(checkpoint, found, tensors)
+    matrix = _fitting_imatrix(imatrix, tensors) if imatrix is not None else ImportanceMatrix()
+
+    total, done = sum(tensor.size for tensor in tensors), 0
+
+    def packed(tensor: TensorSpec) -> Iterator[memoryview]:
+        nonlocal done
+        for rows, piece in _pack(checkpoint, found.weights[tensor.name], tensor, matrix.moments(tensor.name)):
+            yield piece
+            done += rows * tensor.shape[-1]
+            if progress:
+                progress(done, total)
+
+    metadata = _metadata(checkpoint, found, recipe, name)
+    if imatrix is not None:
+        metadata |= _imatrix_metadata(imatrix, matrix)
+    write_gguf(target, metadata, tensors, packed, overwrite=overwrite)
+
+
+def _fitting_imatrix(path: str | os.PathLike, tensors: Iterable[TensorSpec]) -> ImportanceMatrix:
+    matrix = read_imatrix(path)
+    quantized = [tensor for tensor in tensors if tensor.type.block_size > 1]
+    missing = check_imatrix(
+        matrix,
+        path,
+        columns={tensor.name: tensor.shape[-1] for tensor in quantized},
+        required={tensor.name: tensor.type.name for tensor in quantized if tensor.type.name in NEEDS_IMATRIX},
+    )
+    if missing:
+        logger.warning("%s has no moments for %s: quantized without.", os.path.basename(path), listed(missing))
+    return matrix
+
+
+def _pack(
+    checkpoint: Checkpoint, source: Source, tensor: TensorSpec, moments: np.ndarray | None
+) -> Iterator[tuple[int, memoryview]]:
+    """A tensor's packed bytes, in pairs of a number of rows and their bytes."""
+    stored = checkpoint.packed(source.name)
+    if stored and stored[0] == tensor.type:
+        rows = swap_halves(stored[1]) if source.swap_halves else stored[1]
+        yield len(rows), memoryview(rows.numpy())
+        return
+    values = checkpoint.read(source.name).reshape(source.shape)
+    values = swap_halves(values) if source.swap_halves else values
+    columns = source.shape[-1]
+    for chunk in values.reshape(-1, columns).split(max(1, CHUNK // columns)):
+        yield len(chunk), memoryview(_quantize(chunk.float(), tensor, checkpoint.path, moments))
+
+
+def _quantize(rows: torch.Tensor, tensor: TensorSpec, path: str, moments: np.ndarray | None) -> np.ndarray:
+    """``(rows, columns) float32`` → ``(rows, row_bytes) uint8``, as ggml packs them; checks that they can be."""
+    low, high = (bound.item() for bound in rows.aminmax())
+    limit = torch.finfo(torch.float32).max if tensor.type.name in WIDE_TYPES else MAX_FLOAT16
+    if not (-limit <= low and high <= limit):  # so that NaN is refused too
+        raise ModelFileError(
+            path,
+            found=f"values from {low:g} to {high:g} in {tensor.name}",
+            expected=f"numbers between ±{limit:g}, as {tensor.type.name} can hold",
+            advice="The checkpoint is damaged if it has NaN or infinity; larger numbers fit BF16.",
+        )
+    return quantize(rows, tensor.type, moments)
+
+
+def quantize(rows: torch.Tensor, quant_type: QuantType, moments: np.ndarray | None = None) -> np.ndarray:
+    """``(rows, columns) float32`` → ``(rows, row_bytes) uint8``, as ggml packs them.
+
+    Args:
+        rows: finite numbers that ``quant_type`` can hold.
+        quant_type: the type.
+        moments: ``(columns,) float32``, the mean square of what each column is multiplied with.
+    """
+    n_rows, columns = rows.shape
+    packed = np.empty((n_rows, quant_type.row_bytes(columns)), dtype=np.uint8)
+    libgguf.quantize_rows_into_raw(quant_type.id, rows.contiguous().numpy(), packed, n_rows, columns, moments)
+    return packed
+
+
+def _warn_of_generation_loss(checkpoint: Checkpoint, found: Match, tensors: Iterable[TensorSpec]) -> None:
+    lossy: set[str] = set()
+    for tensor in tensors:
+        stored = checkpoint.packed(found.weights[tensor.name].name)
+        if stored and stored[0] != tensor.type:
+            lossy.add(stored[0].name)
+    if lossy:
+        logger.warning(
+            "%s is quantized already (%s): quantized again, it loses more than the original checkpoint would.",
+            os.path.basename(checkpoint.path),
+            ", ".join(sorted(lossy)),
+        )
+
+
+def _metadata(checkpoint: Checkpoint, found: Match, recipe: Recipe, name: str) -> dict[str, object]:
+    metadata = annotations(replace(found, spelling="native")) | {"general.name": name}
+    for key, source_keys in DESCRIPTION.items():
+        given = [value for value in map(checkpoint.metadata.get, source_keys) if isinstance(value, str) and value]
+        if given:
+            metadata[key] = given[0]
+    return metadata | {
+        "general.file_type": recipe.file_type,
+        "general.quantization_version": QUANTIZATION_VERSION,
+        "general.source.header_sha256": checkpoint.fingerprint(),
+    }
+
+
+def _imatrix_metadata(path: str | os.PathLike, matrix: ImportanceMatrix) -> dict[str, object]:
+    """What llama.cpp's quantizer writes of the importance matrix."""
+    return {
+        "quantize.imatrix.file": os.path.basename(path),
+        "quantize.imatrix.dataset": ", ".join(matrix.datasets),
+        "quantize.imatrix.entries_count": len(matrix.sums),
+        "quantize.imatrix.chunks_count": matrix.chunks,
+    }
+
+
+def model_name(source: str | os.PathLike) -> str:
+    """A model's name from its path: the file's, or the folder's above ``transformer``."""
+    path = Path(os.path.abspath(source))
+    if path.name == "transformer":
+        path = path.parent
+    return path.name if path.is_dir() else re.split(r"\.safetensors|\.[^.]*$", path.name)[0]
+
+
+def _natural_order(name: str) -> list[str | int]:
+    """A sort key that puts layer 2 before layer 10."""
+    return [int(part) if part.isdecimal() else part for part in name.split(".")]

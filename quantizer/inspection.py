@@ -1,0 +1,152 @@
+"""What a GGUF file of AuraFlow holds, and whether its numbers are sound."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+
+from ..loader.architecture import Match, match
+from ..loader.auraflow import AURAFLOW
+from ..loader.gguf_file import GGUFFile, TensorInfo, open_gguf
+
+# The first pattern that fits a native name decides.
+GROUPS = {
+    "attention": "*_layers.*.attn.*",
+    "MLP": "*_layers.*.mlp*",
+    "modulation": "*_layers.*.mod*",
+    "embedders, output": "*",
+}
+REPORTED_METADATA = (
+    "general.name",
+    "general.author",
+    "general.license",
+    "general.file_type",
+    "general.source.header_sha256",
+)
+TILE = 1 << 22  # weights dequantized at a time
+
+
+@dataclass(frozen=True)
+class Group:
+    """Weights of one purpose: how many, the bytes they take packed, and how many tensors have each type."""
+
+    name: str
+    weights: int
+    nbytes: int
+    types: dict[str, int]
+
+    @property
+    def bits_per_weight(self) -> float:
+        return 8 * self.nbytes / self.weights
+
+
+@dataclass(frozen=True)
+class Description:
+    """What `describe` found in a file.
+
+    Attributes:
+        model: what the tensors make up.
+        spelling, prefix, dimensions: see `Match`.
+        annotated: whether the file's metadata describe the architecture.
+        metadata: those of `REPORTED_METADATA` that it has.
+        skipped: number of tensors that are no part of the transformer.
+        groups: the weights by purpose, and last all of them. Fully loaded, the weights take as many bytes of VRAM.
+    """
+
+    path: str
+    model: str
+    spelling: str
+    prefix: str
+    dimensions: dict[str, int]
+    annotated: bool
+    metadata: dict[str, object]
+    skipped: int
+    groups: tuple[Group, ...]
+
+    @property
+    def total(self) -> Group:
+        return self.groups[-1]
+
+
+def describe(path: str | os.PathLike, *, fixed: Mapping[str, int] | None = None) -> Description:
+    """Say what a GGUF file is; ``fixed`` is passed to `match`.
+
+    Raises:
+        ModelFileError: the file is damaged, or no AuraFlow transformer.
+    """
+    file, found = _open(path, fixed)
+    infos = {name: file.tensors[source.name] for name, source in found.weights.items()}
+    by_group: dict[str, list[TensorInfo]] = {group: [] for group in GROUPS}
+    for name, info in infos.items():
+        by_group[next(group for group, pattern in GROUPS.items() if fnmatchcase(name, pattern))].append(info)
+    by_group["all"] = list(infos.values())
+    return Description(
+        path=file.path,
+        model=AURAFLOW.title,
+        spelling=found.spelling,
+        prefix=found.prefix,
+        dimensions=found.dimensions,
+        annotated=f"{AURAFLOW.name}.tensor_names" in file.metadata,
+        metadata={key: file.metadata[key] for key in REPORTED_METADATA if key in file.metadata},
+        skipped=len(found.skipped),
+        groups=tuple(_group(name, members) for name, members in by_group.items()),
+    )
+
+
+def _group(name: str, infos: list[TensorInfo]) -> Group:
+    types: dict[str, int] = {}
+    for info in infos:
+        types[info.type.name] = types.get(info.type.name, 0) + 1
+    return Group(
+        name,
+        weights=sum(torch.Size(info.shape).numel() for info in infos),
+        nbytes=sum(info.nbytes for info in infos),
+        types=types,
+    )
+
+
+def verify(
+    path: str | os.PathLike,
+    *,
+    progress: Callable[[int, int], None] | None = None,
+    fixed: Mapping[str, int] | None = None,
+) -> list[str]:
+    """Check a GGUF file as a whole: its structure, its tensors against AuraFlow and its annotations, and each number.
+
+    Args:
+        path: the file.
+        progress: called with the number of weights checked so far and in all.
+        fixed: passed to `match`.
+
+    Returns:
+        A sentence for each tensor with NaN or infinity in it, such as those that a damaged scale gives.
+
+    Raises:
+        ModelFileError: the structure, the tensors or the annotations are wrong.
+    """
+    file, found = _open(path, fixed)
+    problems = []
+    total, done = sum(torch.Size(source.shape).numel() for source in found.weights.values()), 0
+    for source in found.weights.values():
+        info = file.tensors[source.name]
+        blocks = file.packed(source.name).reshape(-1, info.type.type_size)
+        bad = 0
+        for tile in blocks.split(TILE // info.type.block_size):
+            bad += int((~torch.isfinite(info.type.dequantize_blocks(tile)).all(dim=1)).sum())
+            done += len(tile) * info.type.block_size
+            if progress:
+                progress(done, total)
+        if bad:
+            what = "blocks" if info.type.block_size > 1 else "numbers"
+            problems.append(f"{source.name} ({info.type.name}): {bad} of {len(blocks)} {what} have NaN or infinity.")
+    return problems
+
+
+def _open(path: str | os.PathLike, fixed: Mapping[str, int] | None) -> tuple[GGUFFile, Match]:
+    file = open_gguf(path)
+    shapes = {name: info.shape for name, info in file.tensors.items()}
+    return file, match(AURAFLOW, shapes, metadata=file.metadata, path=file.path, fixed=fixed)

@@ -1,0 +1,172 @@
+"""Writes GGUF version 3 (little endian), tensor by tensor, so that a file appears whole or not at all.
+
+Layout, after ggml's ``docs/gguf.md``::
+
+    magic "GGUF" | version u32 | tensor count u64 | metadata count u64
+    metadata:     key string | value type u32 | value                        (one after another)
+    tensor table: name string | n_dims u32 | dims u64 … (innermost first) | type u32 | offset u64
+    zeros up to a multiple of ALIGNMENT, then each tensor's bytes, each padded to a multiple of ALIGNMENT
+
+A string is its length in bytes (u64) and its UTF-8; an offset counts from the end of the padded table.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import os
+import secrets
+import shutil
+import struct
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..loader.errors import ModelFileError
+from ..loader.quant_types.base import QuantType
+
+ALIGNMENT = 32
+
+# GGUF's metadata value types (enum gguf_metadata_value_type)
+_UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64 = 4, 6, 7, 8, 9, 10
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: its name, shape (outermost dimension first) and type."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: QuantType
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape[:-1]) * self.type.row_bytes(self.shape[-1])
+
+
+def write_gguf(
+    target: str | os.PathLike,
+    metadata: Mapping[str, object],
+    tensors: Sequence[TensorSpec],
+    data: Callable[[TensorSpec], Iterable[memoryview]],
+    *,
+    overwrite: bool = False,
+) -> None:
+    """Write a GGUF file under a temporary name beside ``target``, and rename it when it is complete.
+
+    Args:
+        target: the file to make.
+        metadata: str, bool, int (0 ≤ n < 2**64), float (stored as float32) or a sequence of one of these.
+        tensors: the tensor table, in the file's order.
+        data: called once a tensor, in order; yields its packed bytes, in pieces of any size.
+        overwrite: replace a ``target`` that exists.
+
+    Raises:
+        ModelFileError: ``target`` exists, its folder does not, or the disk has too little room.
+        ValueError: ``data`` yielded more or fewer bytes than the tensor has.
+        Whatever ``data`` raises. In every case, Ctrl-C too, the temporary file is removed and ``target`` is as it
+        was. A killed process leaves at most the temporary file, ``<target's name>.<8 hex digits>.partial``.
+    """
+    target = os.path.abspath(target)
+    header = _header(metadata, tensors)
+    _check_target(target, len(header) + sum(_padded(tensor.nbytes) for tensor in tensors), overwrite)
+    temporary = f"{target}.{secrets.token_hex(4)}.partial"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(header)
+            for tensor in tensors:
+                written = sum(file.write(piece) for piece in data(tensor))
+                if written != tensor.nbytes:
+                    raise ValueError(f"{tensor.name}: {written} bytes of data, {tensor.nbytes} announced")
+                file.write(bytes(_padded(written) - written))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException as error:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise ModelFileError(
+                target,
+                found="a disk that became full while the file was written",
+                expected="room for all of it",
+                advice="The unfinished file was removed. Free some space, or write to another disk.",
+            ) from error
+        raise
+
+
+def _check_target(target: str, size: int, overwrite: bool) -> None:
+    folder = os.path.dirname(target)
+    if not os.path.isdir(folder):
+        raise ModelFileError(
+            target,
+            found=f"no folder {folder}",
+            expected="a folder to write into",
+            advice="Create the folder, or choose another place.",
+        )
+    if os.path.lexists(target) and not overwrite:
+        raise ModelFileError(
+            target,
+            found="a file of that name",
+            expected="none",
+            advice="Choose another name, or allow it to be replaced (--overwrite).",
+        )
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise ModelFileError(
+            target,
+            found=f"{free / 1e9:.2f} GB free in {folder}",
+            expected=f"the {size / 1e9:.2f} GB that the file needs",
+            advice="Free some space, write to another disk, or choose a smaller type.",
+        )
+
+
+def _header(metadata: Mapping[str, object], tensors: Sequence[TensorSpec]) -> bytes:
+    """Everything before the tensors' data, padded to ``ALIGNMENT``."""
+    parts = [b"GGUF", struct.pack("<IQQ", 3, len(tensors), len(metadata))]
+    for key, value in metadata.items():
+        parts += _string(key), _value(value)
+    offset = 0
+    for tensor in tensors:
+        dims = tensor.shape[::-1]
+        parts += _string(tensor.name), struct.pack(f"<I{len(dims)}Q", len(dims), *dims)
+        parts.append(struct.pack("<IQ", tensor.type.id, offset))
+        offset += _padded(tensor.nbytes)
+    header = b"".join(parts)
+    return header.ljust(_padded(len(header)), b"\0")
+
+
+def _string(text: str) -> bytes:
+    encoded = text.encode(errors="replace")  # JSON can spell half a surrogate pair
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def _value(value: object) -> bytes:
+    """A metadata value with its type before it."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        items = [_scalar(item) for item in value]
+        kind = items[0][0] if items else _STRING
+        return struct.pack("<IIQ", _ARRAY, kind, len(items)) + b"".join(encoded for _, encoded in items)
+    kind, encoded = _scalar(value)
+    return struct.pack("<I", kind) + encoded
+
+
+def _scalar(value: object) -> tuple[int, bytes]:
+    match value:
+        case str():
+            return _STRING, _string(value)
+        case bool():
+            return _BOOL, struct.pack("<?", value)
+        case int():
+            return (_UINT32, struct.pack("<I", value)) if value < 2**32 else (_UINT64, struct.pack("<Q", value))
+        case float():
+            return _FLOAT32, struct.pack("<f", value)
+    raise TypeError(f"metadata of type {type(value).__name__}")
+
+
+def _padded(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT

@@ -1,0 +1,91 @@
+"""The packed bytes of every type that can be written are ggml's own, with an importance matrix and without."""
+
+import numpy as np
+import pytest
+import torch
+from auraflow_gguf.loader.quant_types import QUANT_TYPES
+from auraflow_gguf.quantizer import convert as module
+from auraflow_gguf.quantizer.convert import convert, quantize
+from auraflow_gguf.quantizer.imatrix import ImportanceMatrix, write_imatrix
+from auraflow_gguf.quantizer.recipe import NEEDS_IMATRIX, RECIPES
+from safetensors.torch import save_file
+
+from . import ggml
+from .small_model import FIXED, native_weights
+
+WRITABLE = [name for name in RECIPES if name in QUANT_TYPES]
+ROWS, COLUMNS = 12, 512
+# Where weights of an IQ1_M block tie or are of one sign, libgguf's bytes may differ from ggml's, at the same error: its
+# bytes are compared on rows where that cannot be.
+IQ1_M_ROWS = [0, 1, 8]
+
+
+@pytest.fixture(scope="module")
+def oracle() -> ggml.Ggml:
+    try:
+        return ggml.load()
+    except ggml.Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def weights() -> np.ndarray:
+    """Rows ``(ROWS, COLUMNS) float32`` : normal, heavy-tailed, constant, one-sided, tiny, large, sparse."""
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((ROWS, COLUMNS), np.float32) * np.float32(0.02)
+    rows[1] = random.standard_t(2, COLUMNS) * 0.02
+    rows[2] = 0
+    rows[3] = 0.25
+    rows[4] = np.abs(rows[4])
+    rows[5] = -np.abs(rows[5])
+    rows[6] *= 1e-6
+    rows[7] *= 1e5
+    rows[8, 1:] *= 1e-4
+    rows[9, random.random(COLUMNS) < 0.95] = 0
+    rows[10] = np.round(rows[10] * 100) / 100  # ties
+    rows[11] = np.linspace(-1, 1, COLUMNS)
+    return rows
+
+
+def moments() -> np.ndarray:
+    values = np.exp(2 * np.random.default_rng(1).standard_normal(COLUMNS, np.float32))
+    values[::37] = 0
+    return values
+
+
+# the types that ggml makes with moments only are not among those without
+CASES = [(name, None) for name in WRITABLE if name not in NEEDS_IMATRIX] + [(name, moments()) for name in WRITABLE]
+
+
+@pytest.mark.parametrize(("type_name", "importance"), CASES)
+def test_packed_bytes_are_ggmls(oracle, type_name, importance):
+    quant_type, rows = QUANT_TYPES[type_name], weights()
+    if type_name == "IQ1_M":
+        # Where weights of a block are equal or all of one sign, builds differ in a few bytes (docs/recipes.md).
+        rows = rows[:2]
+        importance = importance if importance is None else importance + np.float32(0.01)
+    ours = quantize(torch.from_numpy(rows), quant_type, importance)
+    np.testing.assert_array_equal(ours, oracle.quantize(rows, quant_type, importance))
+
+
+@pytest.mark.parametrize("with_moments", [False, True], ids=["plain", "imatrix"])
+def test_a_converted_files_bytes_are_ggmls(oracle, tmp_path, with_moments, monkeypatch):
+    monkeypatch.setattr(module, "CHUNK", 100_000)
+    model = native_weights()
+    save_file(model, tmp_path / "aura.safetensors")
+    matrix = ImportanceMatrix()
+    if with_moments:
+        generator = torch.Generator().manual_seed(2)
+        for name, weight in model.items():
+            matrix.add(name, torch.randn(3, weight.shape[-1], generator=generator))
+        write_imatrix(tmp_path / "imatrix.gguf", matrix)
+    imatrix = tmp_path / "imatrix.gguf" if with_moments else None
+    convert(tmp_path / "aura.safetensors", tmp_path / "aura.gguf", "Q4_K_M", imatrix=imatrix, fixed=FIXED)
+    file = module.open_checkpoint(tmp_path / "aura.gguf")
+    checked = 0
+    for name, weight in model.items():
+        if stored := file.packed(name):
+            quant_type, rows = stored
+            expected = oracle.quantize(weight.float().numpy(), quant_type, matrix.moments(name))
+            np.testing.assert_array_equal(rows.numpy(), expected)
+            checked += 1
+    assert checked == sum("_layers." in name for name in model)

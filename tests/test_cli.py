@@ -1,0 +1,172 @@
+"""The command: in this process on the small model, and run as a file from a folder of another name."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from auraflow_gguf import cli
+from auraflow_gguf.loader.auraflow import AURAFLOW
+from auraflow_gguf.quantizer import comparison, convert, evaluation, inspection
+from auraflow_gguf.quantizer.imatrix import ImportanceMatrix, write_imatrix
+from safetensors.torch import save_file
+
+from .quantizer.small_model import native_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def source(tmp_path, monkeypatch):
+    """The small model's checkpoint, in a folder that is the current one; its widths are accepted."""
+    for module in (convert, inspection, comparison):
+        monkeypatch.setattr(module, "AURAFLOW", replace(AURAFLOW, fixed={}))
+    monkeypatch.chdir(tmp_path)
+    save_file(native_weights(), "aura.safetensors")
+    return "aura.safetensors"
+
+
+def test_convert_inspect_verify(source, capsys):
+    assert cli.main(["convert", source, "a.gguf", "--type", "q8_0", "--tensor-type", "*.c_proj=F16"]) == 0
+    assert "a.gguf: 0.01 GB written." in capsys.readouterr().out
+    assert cli.main(["verify", "a.gguf"]) == 0
+    assert capsys.readouterr().out == "a.gguf: sound.\n"
+    assert cli.main(["inspect", "a.gguf"]) == 0
+    shown = capsys.readouterr().out
+    assert "an AuraFlow transformer, native names\n" in shown
+    assert "Q8_0 × 8, F16 × 4" in shown
+    assert "0.01 GB for the weights" in shown
+    assert cli.main(["inspect", "--json", "a.gguf"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["metadata"]["general.name"] == "aura"
+    assert report["groups"][1]["types"] == {"Q8_0": 8, "F16": 4}
+    assert report["groups"][2] == {
+        "name": "modulation",
+        "weights": 1572864,
+        "nbytes": 1671168,
+        "types": {"Q8_0": 4},
+        "bits_per_weight": 8.5,
+    }
+
+
+def test_a_target_is_replaced_only_on_request(source, capsys):
+    Path("a.gguf").write_text("precious")
+    assert cli.main(["convert", source, "a.gguf", "--type", "Q8_0"]) == 1
+    assert "found a file of that name" in capsys.readouterr().err
+    assert Path("a.gguf").read_text() == "precious"
+    assert cli.main(["convert", source, "a.gguf", "--type", "Q8_0", "--overwrite"]) == 0
+    assert cli.main(["verify", "a.gguf"]) == 0
+
+
+def test_verify_tells_a_damaged_file(source, capsys):
+    cli.main(["convert", source, "a.gguf", "--type", "Q8_0"])
+    with open("a.gguf", "r+b") as file:
+        start = inspection.open_gguf("a.gguf").tensors["single_layers.0.attn.w1q.weight"].offset
+        file.seek(start)
+        file.write(b"\xff\x7f")
+    capsys.readouterr()
+    assert cli.main(["verify", "a.gguf"]) == 1
+    assert capsys.readouterr().out == (
+        "single_layers.0.attn.w1q.weight (Q8_0): 1 of 2048 blocks have NaN or infinity.\na.gguf: damaged.\n"
+    )
+
+
+def test_compare(source, capsys):
+    cli.main(["convert", source, "a.gguf", "--type", "Q4_K_M"])
+    capsys.readouterr()
+    assert cli.main(["compare", source, "a.gguf"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].startswith("all ")
+    assert len(lines) == 2 + 10 + 1
+    assert "_layers." in lines[2]
+    assert cli.main(["compare", source, "a.gguf", "--json", "--forward", "--size", "8"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert len(report["tensors"]) == len(native_weights())
+    assert report["tensors"][0]["relative_error"] > report["all"]["relative_error"] > 0.01
+    assert report["forward"].keys() == {"0.9", "0.7", "0.5", "0.3", "0.1"}
+    assert all(0 < error < 1 for error in report["forward"].values())
+
+
+def test_sensitivity(source, capsys):
+    assert cli.main(["sensitivity", source, "--type", "q4_k", "--type", "Q8_0", "--size", "8", "--tokens", "4"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == "| weights quantized | millions | Q4_K | Q8_0 |"
+    assert [line.split("|")[1].strip() for line in lines[3:]][-2:] == ["embedders, output", "all layers"]
+
+
+def test_an_importance_matrix_allows_the_types_that_need_one(source, capsys):
+    matrix = ImportanceMatrix()
+    for name, weight in native_weights().items():
+        matrix.add(name, weight.reshape(-1, weight.shape[-1]).float())
+    write_imatrix("imatrix.gguf", matrix)
+    assert cli.main(["convert", source, "a.gguf", "--type", "IQ2_XXS", "--imatrix", "imatrix.gguf"]) == 0
+    assert cli.main(["verify", "a.gguf"]) == 0
+    assert cli.main(["convert", source, "b.gguf", "--type", "Q4_0", "--imatrix", "a.gguf"]) == 1
+    assert "a.gguf: found a GGUF file without sums of squares" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["convert", "aura.safetensors", "a.gguf", "--type", "Q9"], "Q9 is not a type that can be written"),
+        (["convert", "aura.safetensors", "a.gguf", "--type", "IQ2_XS"], "importance matrix"),
+        (["convert", "aura.safetensors", "a.gguf", "--type", "Q8_0", "--tensor-type", "x"], "PATTERN=TYPE"),
+        (["convert", "aura.safetensors"], "required"),
+        (["sensitivity", "aura.safetensors", "--type", "Q4_K_M"], "Q4_K_M cannot be measured. These can: F32"),
+        ([], "required"),
+    ],
+)
+def test_a_wrong_command_line_exits_with_2(source, arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+    assert os.listdir() == ["aura.safetensors"]
+
+
+@pytest.mark.parametrize(
+    ("package", "module", "arguments"),
+    [
+        ("libgguf", convert, ["convert", "aura.safetensors", "a.gguf", "--type", "Q8_0"]),
+        ("diffusers", evaluation, ["sensitivity", "aura.safetensors"]),
+    ],
+)
+def test_a_missing_package_is_said(source, monkeypatch, capsys, package, module, arguments):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, module.__name__)
+    if package == "diffusers":
+        monkeypatch.delitem(sys.modules, f"{module.__package__}.sensitivity", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(arguments)
+    assert stop.value.code == 2
+    assert f"pip install {package}" in capsys.readouterr().err
+
+
+def test_an_interrupt_is_said(source, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "_quantize", interrupted)
+    assert cli.main(["convert", source, "a.gguf", "--type", "Q8_0"]) == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert os.listdir() == ["aura.safetensors"]
+
+
+def test_it_runs_as_a_file_from_a_folder_of_any_name(tmp_path):
+    pack = tmp_path / "my pack-1.0"
+    pack.mkdir()
+    for name in ("__init__.py", "cli.py", "loader", "quantizer"):
+        (pack / name).symlink_to(ROOT / name)
+    (tmp_path / "page.gguf").write_text("<!DOCTYPE html><html></html>")
+
+    def run(*arguments):
+        return subprocess.run([sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True)
+
+    shown = run(str(pack / "cli.py"), "inspect", "page.gguf")
+    assert shown.returncode == 1
+    assert shown.stderr.startswith("auraflow-gguf: page.gguf: found ")
+    assert "Traceback" not in shown.stderr
+    assert "convert" in run(str(pack / "cli.py"), "--help").stdout
