@@ -1,0 +1,27 @@
+"""Sampling as KSampler does it, small and seeded."""
+
+from __future__ import annotations
+
+import comfy.hooks
+import comfy.sample
+import torch
+
+
+def sample(
+    model, *, sampler="euler", scheduler="simple", steps=4, cfg=3.5, size=16, tokens=24, seed=1, hooks=None
+) -> torch.Tensor:
+    """Latents ``(1, 4, size, size)`` float32 of fixed noise and random conditionings; ``hooks`` act on the positive."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(1, 4, size, size, generator=generator)
+    positive, negative = ([[torch.randn(1, tokens, 2048, generator=generator), {}]] for _ in range(2))
+    positive = comfy.hooks.set_hooks_for_conditioning(positive, hooks)
+    latent = torch.zeros_like(noise)
+    return comfy.sample.sample(
+        model, noise, steps, cfg, sampler, scheduler, positive, negative, latent, seed=seed, disable_pbar=True
+    )
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    """‖a − b‖ / ‖b‖ in float64."""
+    a, b = a.double(), b.double()
+    return ((a - b).norm() / b.norm()).item()

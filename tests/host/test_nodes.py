@@ -1,0 +1,78 @@
+"""The loader node in its host: what it lists, what it gives, when it runs again."""
+
+import asyncio
+import os
+import shutil
+
+import folder_paths
+import pytest
+import torch
+import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
+from auraflow_gguf import comfy_entrypoint
+from auraflow_gguf.nodes.folders import register_gguf_folders
+
+from .aura_files import make_gguf
+
+
+@pytest.fixture(scope="module")
+def pack_nodes():
+    async def load():
+        extension = await comfy_entrypoint()
+        await extension.on_load()
+        return await extension.get_node_list()
+
+    return {node.GET_SCHEMA().node_id: node for node in asyncio.run(load())}
+
+
+@pytest.fixture
+def models(pack_nodes, tmp_path, monkeypatch):
+    """A folder of models that ComfyUI knows, as from extra_model_paths.yaml, with a file in a subfolder."""
+    known = folder_paths.folder_names_and_paths
+    for key in ("diffusion_models", "unet_gguf"):
+        paths, extensions = known[key]
+        monkeypatch.setitem(known, key, (list(paths), set(extensions)))
+    folder = tmp_path / "unet"
+    (folder / "pony").mkdir(parents=True)
+    shutil.copy(make_gguf("Q4_0"), folder / "pony" / "v7.gguf")
+    (folder / "other.safetensors").touch()
+    folder_paths.add_model_folder_path("diffusion_models", str(folder))
+    folder_paths.add_model_folder_path("unet_gguf", str(tmp_path / "of another pack"))
+    register_gguf_folders()
+    folder_paths.filename_list_cache.clear()
+    return folder
+
+
+NAME = os.path.join("pony", "v7.gguf")
+
+
+def test_files_of_all_folders_are_listed_and_those_of_other_packs_kept(pack_nodes, models):
+    names = pack_nodes["AuraFlowGGUFLoader"].define_schema().inputs[0].options
+    assert NAME in names
+    assert "other.safetensors" not in names
+    assert str(models.parent / "of another pack") in folder_paths.get_folder_paths("unet_gguf")
+
+
+def test_a_replaced_file_is_loaded_anew(pack_nodes, models):
+    node = pack_nodes["AuraFlowGGUFLoader"]
+    before = node.fingerprint_inputs(NAME)
+    assert node.fingerprint_inputs(NAME) == before
+    assert node.fingerprint_inputs(NAME, "float16") != before
+    os.utime(models / NAME, ns=(1, 1))
+    assert node.fingerprint_inputs(NAME) != before
+
+
+def test_two_loaders_share_no_setting(pack_nodes, models):
+    node = pack_nodes["AuraFlowGGUFLoader"]
+    half, full = (node.execute(NAME, dtype).args[0] for dtype in ("bfloat16", "float32"))
+    assert half.model.get_dtype_inference() == torch.bfloat16
+    assert full.model.get_dtype_inference() == torch.float32
+    assert half.model.diffusion_model.modF[1].weight.dtype == torch.bfloat16
+    assert full.model.diffusion_model.modF[1].weight.dtype == torch.float32
+
+
+def test_every_input_and_output_is_explained(pack_nodes):
+    assert {"AuraFlowGGUFLoader", "AuraFlowLoraLoader"} <= set(pack_nodes)
+    for node in pack_nodes.values():
+        schema = node.define_schema()
+        assert schema.description
+        assert all(part.tooltip for part in (*schema.inputs, *schema.outputs)), schema.node_id

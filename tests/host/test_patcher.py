@@ -1,0 +1,179 @@
+"""Patches on packed weights give what they give on the same weights when these are dense."""
+
+import comfy.lora
+import pytest
+import torch
+from auraflow_gguf.loader.layout import is_packed
+from auraflow_gguf.loader.model import load_model
+from auraflow_gguf.loader.patcher import GGUFModelPatcher, WeightPatches
+
+from .aura_files import load_dense, make_gguf
+from .forward import MODES, forward, loaded
+from .sampling import relative_error, sample
+
+LINEARS = {  # of three widths, in both kinds of layers, and one that is too small to be anything but loaded whole
+    "double_layers.0.attn.w2k": (3072, 3072),
+    "single_layers.0.mlp.c_proj": (3072, 8192),
+    "single_layers.0.modCX.1": (18432, 3072),
+    "final_linear": (16, 3072),
+}
+
+
+@pytest.fixture(scope="module")
+def path():
+    return make_gguf("Q2_K", "final_linear=Q2_K")
+
+
+@pytest.fixture(scope="module")
+def packed(path):
+    return load_model(path)
+
+
+@pytest.fixture(scope="module")
+def dense(path):
+    return load_dense(path)
+
+
+def noise(*shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) * 0.05
+
+
+def lora(name: str, shape: tuple[int, int], rank: int = 4) -> dict[str, torch.Tensor]:
+    out, into = shape
+    return {f"{name}.lora_up.weight": noise(out, rank), f"{name}.lora_down.weight": noise(rank, into)}
+
+
+def lora_alpha(name, shape):
+    return lora(name, shape) | {f"{name}.alpha": torch.tensor(2.0)}
+
+
+def dora(name, shape):
+    return lora_alpha(name, shape) | {f"{name}.dora_scale": noise(1, shape[1]).abs() + 1}
+
+
+def loha(name, shape):
+    out, into = shape
+    factors = {"hada_w1_a": (out, 4), "hada_w1_b": (4, into), "hada_w2_a": (out, 3), "hada_w2_b": (3, into)}
+    return {f"{name}.{key}": 4 * noise(*size) for key, size in factors.items()} | {f"{name}.alpha": torch.tensor(2.0)}
+
+
+def lokr(name, shape):
+    out, into = shape
+    return {f"{name}.lokr_w1": noise(8, 8), f"{name}.lokr_w2": noise(out // 8, into // 8)}
+
+
+def glora(name, shape):
+    out, into = shape
+    sizes = {"a1": (4, into), "a2": (into, 4), "b1": (4, into), "b2": (out, 4)}
+    return {f"{name}.{key}.weight": noise(*size) for key, size in sizes.items()}
+
+
+def oft(name, shape):
+    return {f"{name}.oft_blocks": noise(8, shape[0] // 8, shape[0] // 8)}
+
+
+def boft(name, shape):
+    return {f"{name}.oft_blocks": noise(2, 2, shape[0] // 2, shape[0] // 2), f"{name}.alpha": torch.tensor(0.0)}
+
+
+def diff(name, shape):
+    return {f"{name}.diff": noise(*shape)}
+
+
+KINDS = [lora, lora_alpha, dora, loha, lokr, glora, oft, boft, diff]
+
+
+def patched(patcher, kind, strength=1.0, names=LINEARS):
+    """A clone with patches of one kind on the linears, loaded as ComfyUI loads a file of them."""
+    state = {}
+    for name in names:
+        state |= kind(f"diffusion_model.{name}", LINEARS[name])
+    keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
+    clone = patcher.clone()
+    applied = clone.add_patches(comfy.lora.load_lora(state, keys), strength)
+    assert len(applied) == len(names)
+    return clone
+
+
+def outputs(patcher) -> dict[str, torch.Tensor]:
+    """What the patched linears give for fixed inputs; the patcher's weights must be loaded."""
+    modules = {name: patcher.model.diffusion_model.get_submodule(name) for name in LINEARS}
+    return {name: module(noise(5, module.in_features)) for name, module in modules.items()}
+
+
+def assert_equal_to(actual: dict, expected: dict, *, but_not_to: dict | None = None, mode: str) -> None:
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < 1e-5, (name, mode)
+        if but_not_to is not None:
+            assert relative_error(actual[name], but_not_to[name]) > 1e-3, (name, mode)
+
+
+@pytest.mark.parametrize("strength", [1.0, -0.6])
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_kind_equals_dense_in_every_mode(packed, dense, kind, strength):
+    # oft and boft of the widest linear take a matrix of its height squared
+    names = [name for name in LINEARS if kind not in (oft, boft) or LINEARS[name][0] <= 3072]
+    with loaded(packed, "full"):
+        base = outputs(packed)
+    with loaded(patched(dense, kind, strength, names), "full") as twin:
+        expected = {name: value for name, value in outputs(twin).items() if name in names}
+    for mode in MODES:
+        with loaded(patched(packed, kind, strength, names), mode) as model:
+            assert_equal_to(outputs(model), expected, but_not_to=base, mode=mode)
+    with loaded(patched(packed, kind, strength, names).clone(), "full") as clone:
+        assert_equal_to(outputs(clone), expected, mode="clone")
+    with loaded(packed, "full"):
+        again = outputs(packed)
+    assert all(torch.equal(again[name], value) for name, value in base.items())
+
+
+@pytest.mark.parametrize("kinds", [(lora, lora_alpha), (lora, loha), (lora, diff), (dora, lora)], ids=str)
+def test_stacked_patches_equal_dense(packed, dense, kinds):
+    def stack(patcher):
+        return patched(patched(patcher, kinds[0], 0.8), kinds[1], -0.5)
+
+    with loaded(stack(dense), "full") as twin:
+        expected = outputs(twin)
+    for mode in MODES:
+        with loaded(stack(packed), mode) as model:
+            assert_equal_to(outputs(model), expected, mode=mode)
+
+
+@pytest.mark.parametrize("kind", [lora, diff], ids=lambda kind: kind.__name__)
+def test_the_whole_model_equals_dense(packed, dense, kind):
+    with loaded(patched(dense, kind), "full") as twin:
+        expected = forward(twin)
+    for mode in ("full", "lowvram"):
+        with loaded(patched(packed, kind), mode) as model:
+            assert relative_error(forward(model), expected) < 1e-5, mode
+
+
+def test_strength_zero_is_the_base_and_a_strength_comes_back_bit_by_bit(packed):
+    base = sample(packed)
+    first = sample(patched(packed, lora, 0.7))
+    assert relative_error(first, base) > 1e-3
+    assert relative_error(sample(patched(packed, lora, 0.0)), base) < 1e-6
+    assert relative_error(sample(patched(packed, lora, -0.7)), first) > 1e-3
+    assert torch.equal(sample(patched(packed, lora, 0.7)), first)
+    assert torch.equal(sample(packed), base)
+
+
+def test_weights_stay_packed_and_nothing_is_left_behind(packed):
+    model = patched(patched(packed, lora), diff, names=["double_layers.0.attn.w2k"])
+    with loaded(model, "full"):
+        inner = model.model.diffusion_model
+        assert inner.single_layers[0].mlp.c_proj.low_rank is not None
+        assert isinstance(inner.double_layers[0].attn.w2k.weight_function[0], WeightPatches)
+        assert is_packed(inner.single_layers[0].mlp.c_proj.weight)
+        assert model.loaded_size() > packed.model_size()
+    for module in packed.model.modules():
+        assert getattr(module, "low_rank", None) is None
+        assert not getattr(module, "weight_function", None)
+    assert is_packed(packed.model.diffusion_model.final_linear.weight)
+
+
+def test_clones_keep_the_class_and_can_be_made_anew(packed, path):
+    assert isinstance(packed.clone(), GGUFModelPatcher)
+    factory, arguments = packed.cached_patcher_init
+    again = factory(*arguments, disable_dynamic=True)
+    assert torch.equal(sample(again), sample(packed))

@@ -1,0 +1,199 @@
+"""The nodes that make files: executed as the server does, at full width with one layer of each kind."""
+
+import asyncio
+import os
+
+import comfy.model_management
+import folder_paths
+import pytest
+import torch
+import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
+from auraflow_gguf.devtools.cache import cache_folder
+from auraflow_gguf.loader.errors import ModelFileError
+from auraflow_gguf.loader.gguf_file import open_gguf
+from auraflow_gguf.loader.model import load_model
+from auraflow_gguf.nodes import AuraFlowGGUFExtension
+from auraflow_gguf.nodes.convert import AuraFlowGGUFConvert
+from auraflow_gguf.nodes.importance import AuraFlowGGUFImportance
+from auraflow_gguf.nodes.save import AuraFlowGGUFSave, ModelCheckpoint
+from auraflow_gguf.quantizer.imatrix import read_imatrix
+
+from .aura_files import load_dense, make_gguf
+from .sampling import relative_error, sample
+from .test_patcher import LINEARS, lora, patched
+
+CHECKPOINT = "auraflow.safetensors"
+
+
+@pytest.fixture(scope="module")
+def path():
+    return make_gguf("Q4_0")
+
+
+@pytest.fixture(scope="module")
+def packed(path):
+    return load_model(path, torch.float32)
+
+
+@pytest.fixture
+def output(tmp_path, monkeypatch):
+    """ComfyUI's output folder."""
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch, path):
+    """The only folder of models/diffusion_models, with a checkpoint in it."""
+    folder = tmp_path / "diffusion_models"
+    folder.mkdir()
+    (folder / CHECKPOINT).symlink_to(next((cache_folder() / "tests").glob("auraflow.v*.safetensors")))
+    for key, extensions in (("diffusion_models", {".safetensors"}), ("unet_gguf", {".gguf"})):
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(folder)], extensions))
+    folder_paths.filename_list_cache.clear()
+    return folder
+
+
+def save(model, type_name, **options) -> str:
+    return AuraFlowGGUFSave.execute(model, type_name, "diffusion_models/test", **options).args[0]
+
+
+def packed_bytes(path):
+    file = open_gguf(path)
+    return {name: (info.type.name, file.packed(name)) for name, info in file.tensors.items()}
+
+
+def test_a_model_with_a_lora_gives_its_picture_from_the_file(packed, path, output):
+    model = patched(packed, lora)
+    expected = sample(model)
+    assert relative_error(sample(packed), expected) > 1e-2
+    target = save(model, "Q4_0", tensor_types="\n".join(f"{name}=F32" for name in LINEARS))
+    assert os.path.relpath(target, output) == os.path.join("diffusion_models", "test_00001_.gguf")
+
+    before, after = packed_bytes(path), packed_bytes(target)
+    for name, (type_name, blocks) in before.items():
+        if name.removesuffix(".weight") in LINEARS:
+            assert after[name][0] == "F32"
+        elif type_name == "Q4_0":
+            assert after[name][0] == "Q4_0"
+            assert torch.equal(after[name][1], blocks), name
+    assert relative_error(sample(load_model(target, torch.float32)), expected) < 1e-4
+    assert relative_error(sample(packed), expected) > 1e-2  # nothing was baked into the model itself
+
+
+def test_a_dense_model_with_a_lora_is_quantized(path, output):
+    dense = load_dense(path)
+    model = patched(dense, lora)
+    expected = sample(model)
+    saved = load_model(save(model, "Q8_0"), torch.float32)
+    assert relative_error(sample(dense), expected) > 2e-2
+    assert relative_error(sample(saved), expected) < 5e-3
+
+
+def test_patches_are_those_of_the_model_whatever_is_loaded(packed):
+    """Of a clone with a LoRA that is loaded, of the model without it, and of a merge of both."""
+    name, key = "final_linear", "diffusion_model.final_linear.weight"
+    model = patched(packed, lora)
+    plain = ModelCheckpoint(packed).read(key)
+    difference = ModelCheckpoint(model).read(key) - plain
+    assert difference.norm() > 0.01 * plain.norm()
+    merged = packed.clone()
+    for merged_key, value in model.get_key_patches("diffusion_model.").items():
+        merged.add_patches({merged_key: value}, 0.25, 0.75)
+    sample(model)
+    assert torch.equal(ModelCheckpoint(packed).read(key), plain)
+    torch.testing.assert_close(ModelCheckpoint(merged).read(key), plain + 0.25 * difference)
+    assert ModelCheckpoint(packed).packed("diffusion_model.single_layers.0.attn.w1q.weight")[0].name == "Q4_0"
+    assert ModelCheckpoint(merged).packed("diffusion_model.single_layers.0.attn.w1q.weight") is None
+    assert name in LINEARS
+
+
+def test_a_checkpoint_is_converted(models, path):
+    source = f"diffusion_models/{CHECKPOINT}"
+    target = AuraFlowGGUFConvert.execute(source, "Q4_0").args[0]
+    assert target == str(models / "auraflow-Q4_0.gguf")
+    made, expected = packed_bytes(target), packed_bytes(path)
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name][1], expected[name][1]) for name in expected)
+    with pytest.raises(ModelFileError, match="found a file of that name"):
+        AuraFlowGGUFConvert.execute(source, "Q8_0", output_name="auraflow-Q4_0.gguf")
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", ".."])
+def test_a_target_outside_the_folder_is_refused(models, name):
+    with pytest.raises(ValueError, match="not a file's name"):
+        AuraFlowGGUFConvert.execute(f"diffusion_models/{CHECKPOINT}", "Q8_0", output_name=name)
+
+
+@pytest.mark.parametrize("source", ["loras/x.safetensors", "diffusion_models/../../x", "x"])
+def test_a_source_outside_the_folders_is_refused(models, source):
+    with pytest.raises((ValueError, FileNotFoundError)):
+        AuraFlowGGUFConvert.execute(source, "Q8_0")
+
+
+def test_an_interrupt_leaves_no_file(models):
+    comfy.model_management.interrupt_current_processing(True)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        AuraFlowGGUFConvert.execute(f"diffusion_models/{CHECKPOINT}", "Q8_0")
+    assert os.listdir(models) == [CHECKPOINT]
+
+
+def test_importance_is_collected_while_sampling(packed, path, output):
+    latent = {"samples": torch.zeros(1, 4, 16, 16)}
+    generator = torch.Generator().manual_seed(0)
+    positive, negative = ([[torch.randn(1, 24, 2048, generator=generator), {}]] for _ in range(2))
+
+    def collect(model, **options):
+        arguments = {"seed": 5, "steps": 2, "cfg": 3.5, "sampler_name": "euler", "scheduler": "simple"}
+        return AuraFlowGGUFImportance.execute(
+            model,
+            **arguments,
+            positive=positive,
+            negative=negative,
+            latent_image=latent,
+            filename_prefix="x",
+            **options,
+        ).args[0]["samples"]
+
+    first = collect(packed)
+    assert first.shape == (1, 4, 16, 16)
+    assert os.listdir(output / "imatrix") == ["x_00001_.gguf"]
+    matrix = read_imatrix(output / "imatrix" / "x_00001_.gguf")
+    weights = {name for name in open_gguf(path).tensors if name.endswith(".weight")}
+    assert matrix.sums.keys() == weights
+    # two steps of the positive and the negative, of 64 patches, 24 tokens and 8 registers
+    assert matrix.counts["init_x_linear.weight"] == 2 * 2 * 64
+    assert matrix.counts["single_layers.0.attn.w1q.weight"] == 2 * 2 * (64 + 24 + 8)
+    assert matrix.counts["single_layers.0.modCX.1.weight"] in (2, 2 * 2)
+    text = torch.cat([positive[0][0], negative[0][0]]).square().mean(dim=(0, 1))
+    torch.testing.assert_close(torch.from_numpy(matrix.moments("cond_seq_linear.weight")), text)
+    assert not any(module._forward_pre_hooks for module in packed.model.modules())
+
+    assert torch.equal(collect(packed, continue_from="x_00001_.gguf"), first)
+    added = read_imatrix(output / "imatrix" / "x_00002_.gguf")
+    assert (added.chunks, len(added.datasets)) == (2 * matrix.chunks, 2)
+    for name, sums in matrix.sums.items():
+        assert added.counts[name] == 2 * matrix.counts[name]
+        torch.testing.assert_close(added.sums[name], 2 * sums)
+
+    dense = load_dense(path)
+    collect(dense)
+    twin = read_imatrix(output / "imatrix" / "x_00003_.gguf")
+    for name in weights:
+        torch.testing.assert_close(twin.sums[name], matrix.sums[name], rtol=1e-3, atol=1e-3)
+
+    target = save(packed, "Q4_0", tensor_types="single_layers.0.attn.w1k=IQ2_XS", imatrix="x_00002_.gguf")
+    assert open_gguf(target).tensors["single_layers.0.attn.w1k.weight"].type.name == "IQ2_XS"
+    with pytest.raises(ModelFileError, match="no file of that name in output/imatrix"):
+        save(packed, "IQ2_XS", imatrix="../x_00002_.gguf")
+
+
+def test_all_nodes_have_a_schema(models, output):
+    nodes = asyncio.run(AuraFlowGGUFExtension().get_node_list())
+    assert {node.define_schema().node_id for node in nodes} >= {
+        "AuraFlowGGUFConvert",
+        "AuraFlowGGUFSave",
+        "AuraFlowGGUFImportance",
+    }
+    for node in nodes:
+        node.GET_SCHEMA()

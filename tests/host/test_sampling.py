@@ -1,0 +1,27 @@
+"""A GGUF file gives the picture that its dequantized weights give."""
+
+import pytest
+import torch
+from auraflow_gguf.loader.layout import is_packed
+from auraflow_gguf.loader.model import load_model
+
+from .aura_files import load_dense, make_gguf, respell
+from .sampling import relative_error, sample
+
+TYPES = ["Q8_0", "Q4_K", "Q5_1", "IQ4_XS", "BF16"]
+
+
+@pytest.mark.parametrize("type_name", TYPES)
+def test_latents_equal_those_of_the_dense_weights(tmp_path, type_name):
+    path = make_gguf(type_name)
+    expected = sample(load_dense(path))
+    assert expected.isfinite().all()
+    assert expected.std() > 0.1
+
+    native = load_model(path)
+    assert is_packed(native.model.diffusion_model.single_layers[0].attn.w1q.weight)
+    latents = sample(native)
+    assert relative_error(latents, expected) < 1e-5
+
+    diffusers = respell(path, tmp_path / "diffusers.gguf", prefix="transformer.", spelling="diffusers")
+    assert torch.equal(sample(load_model(diffusers)), latents)

@@ -1,0 +1,94 @@
+"""A whole workflow over ``/prompt``, and files that cannot be used: a sentence at the node, and the server goes on."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from auraflow_gguf.devtools import random_models
+from auraflow_gguf.devtools.server import PromptError, Server, Workflow, load_workflow, set_inputs
+from PIL import Image
+
+
+def text_to_image(model_name: str) -> Workflow:
+    """The workflow with the demo's text encoder and VAE."""
+    workflow = load_workflow("text_to_image")
+    set_inputs(workflow, "AuraFlowGGUFLoader", model_name=model_name)
+    set_inputs(workflow, "CLIPLoader", clip_name=random_models.cached_text_encoder().name)
+    set_inputs(workflow, "VAELoader", vae_name=random_models.cached_vae().name)
+    return workflow
+
+
+def quick(workflow: Workflow, seed: int) -> Workflow:
+    """The workflow made small. Another seed than that of a prompt before has the sampler work again."""
+    set_inputs(workflow, "EmptyLatentImage", width=128, height=128)
+    set_inputs(workflow, "KSampler", steps=1, sampler_name="euler", seed=seed)
+    return workflow
+
+
+def write_flux(path: Path) -> None:
+    writer = gguf.GGUFWriter(path, "flux")
+    writer.add_tensor("double_blocks.0.img_attn.norm.key_norm.scale", np.ones(128, np.float32))
+    writer.add_tensor("double_blocks.0.img_attn.qkv.weight", np.ones((96, 32), np.float16))
+    _write(writer)
+
+
+def write_text_encoder(path: Path) -> None:
+    writer = gguf.GGUFWriter(path, "t5encoder")
+    writer.add_tensor("token_embd.weight", np.ones((64, 32), np.float16))
+    writer.add_tensor("enc.blk.0.attn_q.weight", np.ones((32, 32), np.float16))
+    _write(writer)
+
+
+def write_truncated(path: Path) -> None:
+    with open(random_models.cached_auraflow(), "rb") as whole:
+        path.write_bytes(whole.read(2**20))
+
+
+def _write(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_text_to_image(server: Server) -> None:
+    steps = []
+    workflow = text_to_image(random_models.cached_auraflow().name)
+    set_inputs(workflow, "KSampler", steps=2)
+    (path,) = server.prompt(workflow, lambda node, step, steps_in_all: steps.append((node, step, steps_in_all)))
+    assert steps == [("KSampler", 1, 2), ("KSampler", 2, 2)]
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        assert image.size == (512, 512)
+        assert np.asarray(image).std() > 10
+    log = server.log.read_text(encoding="utf-8", errors="replace")
+    assert not re.search(r"clip missing|unet missing|Missing VAE keys", log)
+
+
+@pytest.mark.parametrize(
+    ("name", "write", "found"),
+    [
+        ("flux.gguf", write_flux, "a Flux transformer"),
+        ("t5.gguf", write_text_encoder, "text encoder"),
+        ("truncated.gguf", write_truncated, "truncated.gguf: found"),
+    ],
+)
+def test_a_bad_file_is_refused_in_a_sentence(
+    server: Server, name: str, write: Callable[[Path], None], found: str
+) -> None:
+    write(server.base / "models" / "diffusion_models" / name)
+    with pytest.raises(PromptError, match=rf"AuraFlowGGUFLoader: {name}: found .*, expected .*\. \w+.*\.") as refusal:
+        server.prompt(quick(text_to_image(name), seed=1))
+    assert found in str(refusal.value)
+    assert server.prompt(quick(text_to_image(random_models.cached_auraflow().name), seed=len(name)))
+
+
+def test_a_file_that_is_not_there_is_refused_in_a_sentence(server: Server) -> None:
+    with pytest.raises(PromptError, match=r"AuraFlowGGUFLoader: .*model_name.*absent\.gguf"):
+        server.prompt(quick(text_to_image("absent.gguf"), seed=1))
+    assert server.prompt(quick(text_to_image(random_models.cached_auraflow().name), seed=2))
