@@ -1,0 +1,83 @@
+"""Measuring side by side: interleaved runs, ratios of medians, and how far they spread."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How long ``subject`` takes beside ``baseline``, from interleaved pairs.
+
+    Attributes:
+        median: of the pairs' ratios.
+        low, high: the quartiles of the pairs' ratios.
+        baseline_seconds, subject_seconds: medians of the times.
+    """
+
+    median: float
+    low: float
+    high: float
+    baseline_seconds: float
+    subject_seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} × ({self.low:.2f}–{self.high:.2f})"
+
+
+def seconds(run: Callable[[], object]) -> float:
+    """Wall time of one run, with the device's work done."""
+    begin = time.perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def side_by_side(baseline: Callable[[], object], subject: Callable[[], object], pairs: int) -> Ratio:
+    """Run both in turns after one warm-up of each; every other pair in the other order."""
+    baseline()
+    subject()
+    times = []
+    for number in range(pairs):
+        if number % 2:
+            subject_time, baseline_time = seconds(subject), seconds(baseline)
+        else:
+            baseline_time, subject_time = seconds(baseline), seconds(subject)
+        times.append((baseline_time, subject_time))
+    low, median, high = statistics.quantiles((subject / base for base, subject in times), n=4, method="inclusive")
+    base_times, subject_times = zip(*times, strict=True)
+    return Ratio(median, low, high, statistics.median(base_times), statistics.median(subject_times))
+
+
+def anonymous_bytes() -> int | None:
+    """Memory of this process that no file stands behind; None where the system does not tell it apart."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+    line = next(line for line in status.read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def machine() -> dict[str, object]:
+    """The processor, the device and the versions that the figures hold for."""
+    name = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        name = models[0].partition(":")[2].strip() if models else name
+    return {
+        "processor": name,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "torch": torch.__version__,
+    }

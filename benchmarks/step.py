@@ -1,0 +1,44 @@
+"""A step of the transformer in ComfyUI: packed weights beside the same weights dense."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import comfy.model_management
+import torch
+
+from ..loader.model import load_model
+from ..tests.host.aura_files import load_dense, make_gguf
+from ..tests.host.forward import forward
+from .measure import anonymous_bytes, side_by_side
+
+TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q4_K", "Q4_0", "IQ4_XS", "Q3_K", "Q2_K", "BF16")
+SETTING = {"size": 32, "tokens": 64}  # 16 × 16 = 256 image tokens
+SETTING_TEXT = "AuraFlow of 1 double and 1 single layer at full width, 256 image and 64 text tokens, batch 1, float32"
+
+
+@torch.inference_mode()
+def measure(pairs: int, types: tuple[str, ...] = TYPES) -> list[dict]:
+    """One row a type: the ratio of a step to the dense model's, and the packed and the dense size in bytes."""
+    rows = []
+    device = comfy.model_management.get_torch_device()
+    for type_name in types:
+        path = make_gguf(type_name)
+        dense, packed = load_dense(path), load_model(path, torch.float32)
+        for patcher in (dense, packed):
+            patcher.patch_model(device)
+        memory = anonymous_bytes()
+        forward(packed, **SETTING)
+        grown = anonymous_bytes() - memory if memory is not None else None
+        ratio = side_by_side(lambda: forward(dense, **SETTING), lambda: forward(packed, **SETTING), pairs)  # noqa: B023
+        rows.append(
+            {
+                "type": type_name,
+                **asdict(ratio),
+                "packed_bytes": packed.model_size(),
+                "dense_bytes": dense.model_size(),
+                "first_step_anonymous_bytes": grown,
+            }
+        )
+        print(f"{type_name:8} {ratio}", flush=True)
+    return rows
