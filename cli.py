@@ -124,29 +124,17 @@ def _convert(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
 
 def _inspect(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from .quantizer.inspection import describe
+    from .quantizer.inspection import describe, report
 
     description = describe(options.file)
     if options.json:
-        report = dataclasses.asdict(description)
-        for group, entry in zip(description.groups, report["groups"], strict=True):
+        entries = dataclasses.asdict(description) | {"memory": description.memory}
+        for group, entry in zip(description.groups, entries["groups"], strict=True):
             entry["bits_per_weight"] = round(group.bits_per_weight, 4)
-        print(json.dumps(report, indent=2))
+        print(json.dumps(entries, indent=2))
         return OK
 
-    print(f"{description.path}: {description.model}, {description.spelling} names", end="")
-    print(f" after {description.prefix!r}" if description.prefix else "")
-    for key, value in (description.dimensions | description.metadata).items():
-        print(f"  {key}: {value}")
-    if not description.annotated:
-        print("  not annotated: made by an older or another converter")
-    if description.skipped:
-        print(f"  {description.skipped} tensors of other parts")
-    print(f"{'':20}{'weights':>16}{'GB':>8}{'bits':>7}  types")
-    for group in description.groups:
-        types = ", ".join(f"{name} × {count}" for name, count in group.types.items())
-        print(f"{group.name:20}{group.weights:16,}{group.nbytes / 1e9:8.2f}{group.bits_per_weight:7.2f}  {types}")
-    print(f"VRAM: {description.total.nbytes / 1e9:.2f} GB for the weights, fully loaded, and what sampling takes.")
+    print(report(description))
     return OK
 
 

@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .convert import AuraFlowGGUFConvert
 from .folders import register_gguf_folders
 from .importance import AuraFlowGGUFImportance
+from .inspect import AuraFlowGGUFInspect
 from .lora_loader import AuraFlowLoraLoader
 from .model_loader import AuraFlowGGUFLoader
 from .save import AuraFlowGGUFSave
@@ -23,4 +24,5 @@ class AuraFlowGGUFExtension(ComfyExtension):
             AuraFlowGGUFConvert,
             AuraFlowGGUFSave,
             AuraFlowGGUFImportance,
+            AuraFlowGGUFInspect,
         ]
