@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+import gguf
+import numpy as np
 import torch
 
-from ..loader.architecture import Size
+from ..loader.architecture import Match, Size, annotations, match
 from ..loader.auraflow import AURAFLOW
 from ..quantizer.convert import convert
+from ..quantizer.recipe import recipe_for
+from ..quantizer.writer import ALIGNMENT, TensorSpec
 from .cache import cache_folder, locked
 
 VERSION = 1
@@ -218,3 +223,37 @@ def vae_shapes() -> Shapes:
     norm("decoder.norm_out", width)
     convolution("decoder.conv_out", width, 3)
     return shapes
+
+
+def full_size(recipe_name: str) -> tuple[Match, list[TensorSpec]]:
+    """AuraFlow v0.3 (4 double and 32 single layers) as a recipe would write it: what it is, and its tensors."""
+    shapes = auraflow_shapes(double_layers=4, single_layers=32, positional=9216)
+    recipe = recipe_for(recipe_name, imatrix=True)
+    tensors = [TensorSpec(name, shape, recipe.type_of(name, shape, torch.bfloat16)) for name, shape in shapes.items()]
+    return match(AURAFLOW, shapes, metadata={}, path="AuraFlow v0.3"), tensors
+
+
+def write_hollow(path: Path, recipe_name: str) -> Path:
+    """Write a GGUF file of AuraFlow v0.3's size with a true header and zeros for weights, in a hole of the file system:
+    it takes no room on most disks, and can be inspected, not run."""
+    found, tensors = full_size(recipe_name)
+    metadata = annotations(found)
+    writer = gguf.GGUFWriter(path, str(metadata.pop("general.architecture")))
+    writer.add_name("AuraFlow v0.3")
+    writer.add_file_type(recipe_for(recipe_name, imatrix=True).file_type)
+    for key, value in metadata.items():
+        add = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}[type(value)]
+        add(key, value)
+    end = 0
+    for tensor in tensors:
+        kind = gguf.GGMLQuantizationType(tensor.type.id)
+        shape = (*tensor.shape[:-1], tensor.type.row_bytes(tensor.shape[-1]))
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.nbytes, raw_dtype=kind)
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    header = -(-path.stat().st_size // ALIGNMENT) * ALIGNMENT
+    os.truncate(path, header + end)
+    return path
