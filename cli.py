@@ -88,6 +88,12 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("--json", action="store_true", help="for programs")
     _add_inputs(sensitivity)
     sensitivity.set_defaults(command=_sensitivity)
+
+    migrate = commands.add_parser("migrate", help="take a workflow over from another pack's GGUF loaders")
+    migrate.add_argument("workflow", metavar="WORKFLOW", help="a .json file of the editor, or in API format")
+    migrate.add_argument("--output", metavar="FILE", help="the file to make; else WORKFLOW with -auraflow in its name")
+    migrate.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    migrate.set_defaults(command=_migrate)
     return parser
 
 
@@ -193,6 +199,20 @@ def _sensitivity(options: argparse.Namespace, parser: argparse.ArgumentParser) -
     for row in rows:
         cells = (f"{row.errors[name]:.5f} ({row.nbytes[name] / 1e6:.1f})" for name in types)
         print(f"| {row.group} | {row.weights / 1e6:.1f} | {' | '.join(cells)} |")
+    return OK
+
+
+def _migrate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .migration import REPLACEMENTS, migrate_file
+
+    source = Path(options.workflow)
+    target = Path(options.output) if options.output else source.with_stem(f"{source.stem}-auraflow")
+    changes = migrate_file(source, target, overwrite=options.overwrite)
+    if not changes:
+        print(f"{source}: none of {', '.join(REPLACEMENTS)} is in it; nothing was written.")
+        return OK
+    print(*changes, sep="\n")
+    print(f"{target}: written.")
     return OK
 
 

@@ -48,6 +48,14 @@ _SETTINGS = {
     "Comfy.Workflow.Persist": False,
 }
 
+# In the graph's coordinates; a node's position is that of what is below its title.
+_GRAPH_BOUNDS = """() => [
+    Math.min(...app.graph.nodes.map((node) => node.pos[0])),
+    Math.min(...app.graph.nodes.map((node) => node.pos[1] - 30)),
+    Math.max(...app.graph.nodes.map((node) => node.pos[0] + node.size[0])),
+    Math.max(...app.graph.nodes.map((node) => node.pos[1] + node.size[1])),
+]"""
+
 
 class BrowserError(RuntimeError):
     """The browser or the frontend cannot be had; the message says why and what the person can do."""
@@ -65,6 +73,18 @@ def find_chromium(playwright: Playwright) -> Path:
         if place.exists():
             return place
     raise BrowserError("no Chromium or Chrome was found; install one, or run `playwright install chromium`")
+
+
+def installed_chromium() -> str:
+    """Name and version of the Chromium that the tests run in.
+
+    Raises:
+        BrowserError: there is none.
+    """
+    with sync_playwright() as playwright:
+        path = find_chromium(playwright)
+    shown = subprocess.run([str(path), "--version"], capture_output=True, text=True).stdout.strip()
+    return shown or str(path)
 
 
 def frontend_arguments(host: Host) -> list[str]:
@@ -143,25 +163,31 @@ class Editor:
         )
 
     def fit(self) -> None:
-        """Show the whole graph."""
+        """Show the whole graph, no larger than life."""
         self.page.evaluate(
-            """() => {
-                const bounds = [Infinity, Infinity, -Infinity, -Infinity];
-                for (const node of app.graph.nodes) {
-                    bounds[0] = Math.min(bounds[0], node.pos[0]);
-                    bounds[1] = Math.min(bounds[1], node.pos[1] - 30);
-                    bounds[2] = Math.max(bounds[2], node.pos[0] + node.size[0]);
-                    bounds[3] = Math.max(bounds[3], node.pos[1] + node.size[1]);
-                }
+            f"""() => {{
+                const [left, top, right, bottom] = ({_GRAPH_BOUNDS})();
                 const view = app.canvas.canvas.getBoundingClientRect();
-                const [width, height] = [bounds[2] - bounds[0], bounds[3] - bounds[1]];
+                const [width, height] = [right - left, bottom - top];
                 const scale = Math.min((view.width - 160) / width, (view.height - 160) / height, 1);
-                const offset = app.canvas.ds.offset;
                 app.canvas.ds.scale = scale;
-                offset[0] = (view.width / scale - width) / 2 - bounds[0];
-                offset[1] = (view.height / scale - height) / 2 - bounds[1];
+                app.canvas.ds.offset[0] = (view.width / scale - width) / 2 - left;
+                app.canvas.ds.offset[1] = (view.height / scale - height) / 2 - top;
                 app.canvas.setDirty(true, true);
-            }"""
+            }}"""
+        )
+
+    def bounds(self) -> tuple[int, int, int, int]:
+        """Where the graph is in the page, in pixels: left, top, right, bottom."""
+        return tuple(
+            self.page.evaluate(
+                f"""() => {{
+                    const view = app.canvas.canvas.getBoundingClientRect();
+                    const {{ scale, offset }} = app.canvas.ds;
+                    return ({_GRAPH_BOUNDS})().map((value, index) =>
+                        Math.round((value + offset[index % 2]) * scale + (index % 2 ? view.top : view.left)));
+                }}"""
+            )
         )
 
     def frame(self) -> None:

@@ -42,14 +42,16 @@ def _file(text: str) -> Path:
 
 def _in_comfyui(host: Host, options: argparse.Namespace, output: Path) -> int:
     from .server import PromptError, Server, ServerError, load_workflow, set_inputs
+    from .templates import set_text_encoder
 
     model = options.model or random_models.cached_auraflow()
     text_encoder = options.text_encoder or random_models.cached_text_encoder()
     vae = options.vae or random_models.cached_vae()
     workflow = load_workflow("text_to_image")
     set_inputs(workflow, "AuraFlowGGUFLoader", model_name=model.name)
-    set_inputs(workflow, "CLIPLoader", clip_name=text_encoder.name)
+    set_text_encoder(workflow, text_encoder.name)
     set_inputs(workflow, "VAELoader", vae_name=vae.name)
+    set_inputs(workflow, "EmptyLatentImage", width=512, height=512)
     set_inputs(workflow, "KSampler", steps=options.steps)
     if options.prompt:
         workflow["positive"]["inputs"]["text"] = options.prompt

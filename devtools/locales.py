@@ -5,30 +5,35 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from comfy_api.latest import io
-
 from .server import ROOT
 
-ENGLISH = ROOT / "locales" / "en" / "nodeDefs.json"
+LOCALES = ROOT / "locales"
 
 
-def node_defs(nodes: list[type[io.ComfyNode]]) -> dict[str, Any]:
-    """What ``locales/en/nodeDefs.json`` has to say: the texts of the schemas."""
-    return {schema.node_id: _entry(schema) for schema in (node.define_schema() for node in nodes)}
+def node_defs(info: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What ``nodeDefs.json`` has to say in English: the texts of node classes as ``/object_info`` describes them."""
+    return {name: _entry(described) for name, described in info.items()}
 
 
-def _entry(schema: io.Schema) -> dict[str, Any]:
+def _entry(described: dict[str, Any]) -> dict[str, Any]:
+    inputs = {
+        name: {"name": name, "tooltip": options["tooltip"]}
+        for group in ("required", "optional")
+        for name, (_, options) in described["input"].get(group, {}).items()
+    }
+    outputs = zip(described["output_name"], described["output_tooltips"], strict=True)
     return {
-        "display_name": schema.display_name,
-        "description": schema.description,
-        "inputs": {part.id: {"name": part.id, "tooltip": part.tooltip} for part in schema.inputs},
-        "outputs": {
-            str(slot): {"name": part.display_name or part.id or part.io_type, "tooltip": part.tooltip}
-            for slot, part in enumerate(schema.outputs)
-        },
+        "display_name": described["display_name"],
+        "description": described["description"],
+        "inputs": inputs,
+        "outputs": {str(slot): {"name": name, "tooltip": tooltip} for slot, (name, tooltip) in enumerate(outputs)},
     }
 
 
-def write_english(nodes: list[type[io.ComfyNode]]) -> None:
-    ENGLISH.parent.mkdir(parents=True, exist_ok=True)
-    ENGLISH.write_text(json.dumps(node_defs(nodes), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def read(language: str) -> dict[str, Any]:
+    return json.loads((LOCALES / language / "nodeDefs.json").read_text(encoding="utf-8"))
+
+
+def write_english(info: dict[str, dict[str, Any]]) -> None:
+    text = json.dumps(node_defs(info), indent=2, ensure_ascii=False) + "\n"
+    (LOCALES / "en" / "nodeDefs.json").write_text(text, encoding="utf-8")

@@ -34,11 +34,18 @@ def cached_auraflow() -> Path:
     """AuraFlow of one double and one single layer at full width as a Q4_K_M GGUF file, made if it is lacking."""
 
     def make(target: Path) -> None:
-        source = target.with_suffix(".safetensors")
-        make_auraflow(source, double_layers=1, single_layers=1, seed=0)
-        convert(source, target, "Q4_K_M")
+        convert(cached_checkpoint(), target, "Q4_K_M")
 
     return _cached("diffusion_models", "random-auraflow-1-1-Q4_K_M.gguf", make)
+
+
+def cached_checkpoint() -> Path:
+    """The same AuraFlow in bfloat16 as a safetensors file, made if it is lacking."""
+
+    def make(target: Path) -> None:
+        make_auraflow(target, double_layers=1, single_layers=1, seed=0)
+
+    return _cached("diffusion_models", "random-auraflow-1-1.safetensors", make)
 
 
 def cached_text_encoder() -> Path:

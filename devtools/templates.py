@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -178,7 +178,7 @@ TEMPLATES = (
             "sampler": node("KSampler", **_sampling("encode", denoise=0.6)),
             **_picture("sampler"),
         },
-        f"{_FILES}\n\n`denoise` says how far the picture may go from the one it began with: 0.3 keeps most, 0.8 little.",
+        f"{_FILES}\n\n`denoise` says how far the picture may go from the first one: 0.3 keeps most, 0.8 little.",
         (
             ("loader", "clip", "vae", "note"),
             ("sampling", "positive", "negative"),
@@ -285,7 +285,7 @@ def graph(template: Template, info: ObjectInfo) -> dict[str, Any]:
             target["link"] = len(links) + 1
             source["links"].append(target["link"])
             links.append([target["link"], ids[value[0]], value[1], ids[key], slot, target["type"]])
-    _place(template.columns, nodes)
+    place(template.columns, nodes)
     return {
         "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"auraflow-gguf/{template.case}")),
         "revision": 0,
@@ -310,10 +310,7 @@ def _graph_node(number: int, entry: Mapping[str, Any], info: ObjectInfo) -> dict
             if not _is_widget(kind):
                 inputs.append({"name": name, "type": kind, "link": None})
                 continue
-            # An input that the prompt leaves out is of a newer host, and has a default there.
-            if name not in given:
-                continue
-            values.append(given[name])
+            values.append(given.get(name, options.get("default")))
             height += _TEXT if options.get("multiline") else _WIDGET
             if options.get("control_after_generate"):
                 values.append("randomize")
@@ -360,7 +357,8 @@ def _note(number: int, text: str) -> dict[str, Any]:
     }
 
 
-def _place(columns: tuple[Column, ...], nodes: Mapping[str, dict[str, Any]]) -> None:
+def place(columns: Iterable[Sequence[str]], nodes: Mapping[str, dict[str, Any]]) -> None:
+    """Set the positions of nodes, in columns."""
     left = 0
     for column in columns:
         top = 0

@@ -10,12 +10,14 @@ from .importance import AuraFlowGGUFImportance
 from .inspect import AuraFlowGGUFInspect
 from .lora_loader import AuraFlowLoraLoader
 from .model_loader import AuraFlowGGUFLoader
+from .replacements import offer_replacements
 from .save import AuraFlowGGUFSave
 
 
 class AuraFlowGGUFExtension(ComfyExtension):
     async def on_load(self) -> None:
         register_gguf_folders()
+        offer_replacements()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [

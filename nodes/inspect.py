@@ -65,9 +65,7 @@ class AuraFlowGGUFInspect(io.ComfyNode):
 
 def panel_entries(description: Description) -> dict[str, object]:
     """A description as JSON values for the panel; sizes in bytes."""
-    groups = [
-        dataclasses.asdict(group) | {"bits_per_weight": group.bits_per_weight} for group in description.groups
-    ]
+    groups = [dataclasses.asdict(group) | {"bits_per_weight": group.bits_per_weight} for group in description.groups]
     return {
         "model": description.model,
         "spelling": description.spelling,

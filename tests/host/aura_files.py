@@ -26,11 +26,8 @@ def make_gguf(type_name: str, *tensor_types: str) -> Path:
     folder = cache_folder() / "tests"
     target = folder / f"{'-'.join((type_name, *tensor_types)).replace('*', '_')}.{_code_hash()}.gguf"
     with locked(folder / "lock"):
-        checkpoint = folder / f"auraflow.v{random_models.VERSION}.safetensors"
-        if not checkpoint.exists():
-            random_models.make_auraflow(checkpoint, double_layers=1, single_layers=1, seed=0)
         if not target.exists():
-            convert(checkpoint, target, type_name, tensor_types=tensor_types)
+            convert(random_models.cached_checkpoint(), target, type_name, tensor_types=tensor_types)
     return target
 
 

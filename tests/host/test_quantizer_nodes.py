@@ -8,7 +8,7 @@ import folder_paths
 import pytest
 import torch
 import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
-from auraflow_gguf.devtools.cache import cache_folder
+from auraflow_gguf.devtools import random_models
 from auraflow_gguf.loader.errors import ModelFileError
 from auraflow_gguf.loader.gguf_file import open_gguf
 from auraflow_gguf.loader.model import load_model
@@ -47,7 +47,7 @@ def models(tmp_path, monkeypatch, path):
     """The only folder of models/diffusion_models, with a checkpoint in it."""
     folder = tmp_path / "diffusion_models"
     folder.mkdir()
-    (folder / CHECKPOINT).symlink_to(next((cache_folder() / "tests").glob("auraflow.v*.safetensors")))
+    (folder / CHECKPOINT).symlink_to(random_models.cached_checkpoint())
     for key, extensions in (("diffusion_models", {".safetensors"}), ("unet_gguf", {".gguf"})):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(folder)], extensions))
     folder_paths.filename_list_cache.clear()

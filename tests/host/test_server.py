@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from auraflow_gguf.devtools import random_models
 from auraflow_gguf.devtools.server import PromptError, Server, Workflow, load_workflow, set_inputs
+from auraflow_gguf.devtools.templates import set_text_encoder
 from PIL import Image
 
 
@@ -18,7 +19,7 @@ def text_to_image(model_name: str) -> Workflow:
     """The workflow with the demo's text encoder and VAE."""
     workflow = load_workflow("text_to_image")
     set_inputs(workflow, "AuraFlowGGUFLoader", model_name=model_name)
-    set_inputs(workflow, "CLIPLoader", clip_name=random_models.cached_text_encoder().name)
+    set_text_encoder(workflow, random_models.cached_text_encoder().name)
     set_inputs(workflow, "VAELoader", vae_name=random_models.cached_vae().name)
     return workflow
 
@@ -59,6 +60,7 @@ def _write(writer: gguf.GGUFWriter) -> None:
 def test_text_to_image(server: Server) -> None:
     steps = []
     workflow = text_to_image(random_models.cached_auraflow().name)
+    set_inputs(workflow, "EmptyLatentImage", width=512, height=512)
     set_inputs(workflow, "KSampler", steps=2)
     (path,) = server.prompt(workflow, lambda node, step, steps_in_all: steps.append((node, step, steps_in_all)))
     assert steps == [("KSampler", 1, 2), ("KSampler", 2, 2)]
