@@ -181,7 +181,7 @@ def _shot(editor: Editor) -> Image.Image:
 
 _HIDE_MENUS = """
 .comfyui-body-top, .comfyui-body-left, .comfyui-body-right, .comfyui-body-bottom, .side-tool-bar-container,
-.p-toast, .graph-canvas-menu, [data-testid=selection-toolbox] { visibility: hidden !important }
+.p-toast, .graph-canvas-menu, .litegraph-minimap, [data-testid=selection-toolbox] { visibility: hidden !important }
 """
 
 

@@ -259,10 +259,11 @@ _WIDTH = 300
 _SIZES = {  # of nodes that show more than their widgets
     "SaveImage": (420, 440),
     "LoadImage": (300, 340),
-    "AuraFlowGGUFInspect": (440, 560),
+    "AuraFlowGGUFInspect": (440, 680),
     "CLIPTextEncode": (340, 130),
     "MarkdownNote": (300, 250),
 }
+_TITLES = {"positive": "Positive prompt", "negative": "Negative prompt"}
 
 
 def graph(template: Template, info: ObjectInfo) -> dict[str, Any]:
@@ -274,6 +275,8 @@ def graph(template: Template, info: ObjectInfo) -> dict[str, Any]:
     """
     ids = {key: number for number, key in enumerate((*template.workflow, "note"), start=1)}
     nodes = {key: _graph_node(ids[key], entry, info) for key, entry in template.workflow.items()}
+    for key in _TITLES.keys() & nodes:
+        nodes[key]["title"] = _TITLES[key]
     nodes["note"] = _note(ids["note"], template.note)
     links = []
     for key, entry in template.workflow.items():

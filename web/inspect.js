@@ -3,7 +3,7 @@
 import { app } from "../../scripts/app.js";
 
 const NODE = "AuraFlowGGUFInspect";
-const PANEL_SIZE = [440, 480]; // of a new node, in the graph's pixels
+const PANEL_SIZE = [440, 600]; // of a new node, in the graph's pixels
 const GROUP_COLORS = { attention: "#4c8dd6", MLP: "#3fa37c", modulation: "#d9903d", "embedders, output": "#9a7bd0" };
 
 const STRINGS = {
@@ -15,14 +15,15 @@ const STRINGS = {
     advice: "What to do",
     layers: (d) => `${d.double_layers} double and ${d.single_layers} single layers`,
     bits: "bits per weight",
+    shortBits: "Bits",
     size: "size",
     weights: "weights",
     group: "Group",
     types: "Types",
     gb: "GB",
     memory: "Memory on the GPU",
-    withCache: "with the modulation cache",
-    withoutCache: "without it",
+    withCache: "with modulation cache",
+    withoutCache: "without",
     memoryNote: "The weights alone, fully loaded. Sampling takes some more.",
     about: "What the file says",
     spelling: "names",
@@ -43,6 +44,7 @@ const STRINGS = {
     advice: "处理办法",
     layers: (d) => `${d.double_layers} 个双流层，${d.single_layers} 个单流层`,
     bits: "每权重位数",
+    shortBits: "位数",
     size: "大小",
     weights: "权重数",
     group: "分组",
@@ -90,10 +92,10 @@ function swatch(group) {
   return made;
 }
 
+// Each type with its count on one line; the line breaks between them.
 function typesOf(group) {
-  return Object.entries(group.types)
-    .map(([type, count]) => `${type} × ${count}`)
-    .join(", ");
+  const parts = Object.entries(group.types).map(([type, count]) => element("span", "type", `${type} × ${count}`));
+  return element("td", "", ...parts.flatMap((part, index) => (index ? [" ", part] : [part])));
 }
 
 function bar(parts, whole) {
@@ -110,21 +112,21 @@ function bar(parts, whole) {
 
 function table(found, text) {
   const head = element("tr", "");
-  for (const title of [text.group, text.bits, text.gb, text.types]) head.append(element("th", "", title));
+  for (const title of [text.group, text.shortBits, text.gb, text.types]) head.append(element("th", "", title));
   const body = element("tbody", "");
   for (const group of found.groups) {
     const name = element("td", "", swatch(group.name), text.groups[group.name] ?? group.name);
-    body.append(row(name, group));
+    body.append(row(name, group, typesOf(group)));
   }
-  body.append(row(element("td", "", text.total), found.total));
+  body.append(row(element("td", "", text.total), found.total, element("td", "")));
   body.lastChild.className = "aurainspect-total";
   return element("table", "", element("thead", "", head), body);
 }
 
-function row(name, group) {
+function row(name, group, types) {
   const bits = element("td", "number", group.bits_per_weight.toFixed(2));
   const size = element("td", "number", gigabytes(group.nbytes));
-  return element("tr", "", name, bits, size, element("td", "", typesOf(group)));
+  return element("tr", "", name, bits, size, types);
 }
 
 function memory(found, text) {
