@@ -10,12 +10,17 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from auraflow_gguf.devtools import assets, locales, templates
 from auraflow_gguf.devtools.quick import LORA, small
-from auraflow_gguf.devtools.server import ROOT, Server, load_workflow
+from auraflow_gguf.devtools.random_models import write_hollow
+from auraflow_gguf.devtools.server import ROOT, PromptError, Server, Workflow, load_workflow
 from auraflow_gguf.loader.gguf_file import open_gguf
 from auraflow_gguf.migration import REPLACEMENTS
 from PIL import Image
+from safetensors.torch import save_file
+
+from .test_server import write_flux, write_truncated
 
 ADVICE = "run `python dev.py assets` if this is meant"
 
@@ -109,3 +114,55 @@ def test_the_api_document_is_true(server, tmp_path):
 def _environment() -> dict[str, str]:
     """This Python first in PATH, as ``python``."""
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def _troubles(server: Server) -> dict[str, Workflow]:
+    """A prompt for each message in the README's table, by the message."""
+    models = server.base / "models"
+    folder = models / "diffusion_models"
+    write_flux(folder / "trouble-flux.gguf")
+    write_truncated(folder / "trouble-cut.gguf")
+    write_hollow(folder / "trouble-label.gguf", "Q4_0")
+    content = (folder / "trouble-label.gguf").read_bytes()[: 1 << 16]
+    key = content.index(b"aura.block_count") + len(b"aura.block_count") + 4
+    with open(folder / "trouble-label.gguf", "r+b") as file:
+        file.seek(key)
+        file.write((35).to_bytes(4, "little"))
+    save_file({"lora_unet_blocks_7_attn1.lora_down.weight": torch.ones(2, 8)}, models / "loras" / "trouble.safetensors")
+    (folder / "trouble-taken.gguf").touch()
+
+    def load(name: str) -> Workflow:
+        return small(load_workflow("text_to_image")) | {"loader": _node("AuraFlowGGUFLoader", model_name=name)}
+
+    lora = small(load_workflow("text_to_image_lora"))
+    lora["lora"]["inputs"]["lora_name"] = "trouble.safetensors"
+    convert = small(load_workflow("convert_and_save"))["convert"]["inputs"]
+    return {
+        "found a Flux transformer, expected an AuraFlow transformer": load("trouble-flux.gguf"),
+        "The download is incomplete": load("trouble-cut.gguf"),
+        "in its metadata, but` … `by its tensors": load("trouble-label.gguf"),
+        "None of its modules is in this model": lora,
+        "cannot be made without an importance matrix": {
+            "1": _node("AuraFlowGGUFConvert", **{**convert, "type": "IQ2_XXS"})
+        },
+        "found a file of that name, expected none": {
+            "1": _node("AuraFlowGGUFConvert", **{**convert, "output_name": "trouble-taken"})
+        },
+        "Value not in list": load("absent.gguf"),
+    }
+
+
+def _node(class_type: str, **inputs) -> dict:
+    return templates.node(class_type, **({"compute_dtype": "auto"} if "Loader" in class_type else {}), **inputs)
+
+
+def test_every_message_in_the_readme_is_said(server):
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Troubleshooting")[2].partition("\n\n**")[0]
+    messages = re.findall(r"^\| `(.+)` \| [^|]+ \|$", table, re.MULTILINE)
+    prompts = _troubles(server)
+    assert messages == list(prompts)
+    for message, prompt in prompts.items():
+        with pytest.raises(PromptError) as refusal:
+            server.prompt(prompt)
+        for part in message.split("` … `"):
+            assert part in str(refusal.value), message
