@@ -24,14 +24,17 @@ SNAPSHOT = ROOT / "tests" / "host" / "object_info.json"
 HELP_PICTURES = ROOT / "web" / "docs" / "images"
 README_PICTURE = ROOT / "docs" / "graph.png"
 
-# The template whose graph shows a node, and which of its neighbours are in the picture too.
+# The template whose graph shows a node, and in columns what of it is in the picture.
 _HELP = {
-    "AuraFlowGGUFLoader": ("text_to_image", ("loader", "sampling")),
-    "AuraFlowLoraLoader": ("text_to_image_lora", ("loader", "lora", "sampling")),
-    "AuraFlowGGUFConvert": ("convert_and_save", ("convert",)),
-    "AuraFlowGGUFSave": ("convert_and_save", ("loader", "lora", "save")),
-    "AuraFlowGGUFImportance": ("importance_matrix", ("sampling", "positive", "negative", "latent", "importance")),
-    "AuraFlowGGUFInspect": ("convert_and_save", ("inspect",)),
+    "AuraFlowGGUFLoader": ("text_to_image", (("loader",), ("sampling",))),
+    "AuraFlowLoraLoader": ("text_to_image_lora", (("loader",), ("lora",), ("sampling",))),
+    "AuraFlowGGUFConvert": ("convert_and_save", (("convert",),)),
+    "AuraFlowGGUFSave": ("convert_and_save", (("loader",), ("lora",), ("save",))),
+    "AuraFlowGGUFImportance": (
+        "importance_matrix",
+        (("sampling", "positive", "negative", "latent"), ("importance",)),
+    ),
+    "AuraFlowGGUFInspect": ("convert_and_save", (("inspect",),)),
 }
 _MARGIN = 24  # around a picture's nodes, in pixels
 THUMBNAIL = (640, 400)
@@ -123,9 +126,9 @@ def _pictures(editor: Editor, url: str) -> None:
         picture.thumbnail(THUMBNAIL, Image.Resampling.LANCZOS)
         _on_background(picture).save(templates.EXAMPLES / f"{template.title}.jpg", quality=85)
     HELP_PICTURES.mkdir(exist_ok=True)
-    for name, (case, keys) in _HELP.items():
+    for name, (case, columns) in _HELP.items():
         editor.open(url)
-        editor.load(_only(graphs[case], case, keys))
+        editor.load(_only(graphs[case], case, columns))
         if name == "AuraFlowGGUFInspect":
             _inspect(editor)
         _small(_shot(editor)).save(HELP_PICTURES / f"{name}.png", optimize=True)
@@ -138,11 +141,11 @@ def _read(template: templates.Template) -> dict[str, Any]:
     return json.loads((templates.EXAMPLES / f"{template.title}.json").read_text(encoding="utf-8"))
 
 
-def _only(graph: dict[str, Any], case: str, keys: tuple[str, ...]) -> dict[str, Any]:
-    """A part of a template's graph."""
+def _only(graph: dict[str, Any], case: str, columns: tuple[templates.Column, ...]) -> dict[str, Any]:
+    """A part of a template's graph, in columns of its own."""
     (template,) = (template for template in templates.TEMPLATES if template.case == case)
     order = [*template.workflow, "note"]
-    ids = {order.index(key) + 1 for key in keys}
+    ids = {order.index(key) + 1 for column in columns for key in column}
     links = [link for link in graph["links"] if link[1] in ids and link[3] in ids]
     kept = {link[0] for link in links}
     nodes = json.loads(json.dumps([node for node in graph["nodes"] if node["id"] in ids]))
@@ -151,9 +154,7 @@ def _only(graph: dict[str, Any], case: str, keys: tuple[str, ...]) -> dict[str, 
             slot["link"] = slot["link"] if slot["link"] in kept else None
         for slot in node["outputs"]:
             slot["links"] = [link for link in slot["links"] if link in kept]
-    by_key = {order[node["id"] - 1]: node for node in nodes}
-    columns = ([key for key in column if key in keys] for column in template.columns)
-    templates.place([column for column in columns if column], by_key)
+    templates.place(columns, {order[node["id"] - 1]: node for node in nodes})
     return {**graph, "nodes": nodes, "links": links}
 
 

@@ -20,7 +20,7 @@ from .hosts import Host
 
 FRONTEND = "comfyui-frontend-package"
 WINDOW = {"width": 1600, "height": 1000}
-TIMEOUT_MS = 120_000  # of whatever is waited for; a slow machine is no failure
+TIMEOUT_MS = 60_000  # of whatever is waited for; a slow machine is no failure
 
 _NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome", "msedge")
 _PLACES = (
@@ -134,7 +134,12 @@ class Editor:
         if not response.ok:
             raise BrowserError(f"the server refused the settings: {response.status} {response.text()}")
         self.page.goto(url)
-        self.page.wait_for_function("() => window.app?.graph && window.app.extensionManager?.spinner === false")
+        self.page.wait_for_function(
+            """() => {
+                const manager = window.app?.extensionManager;
+                return app?.graph && manager?.spinner === false && manager.workflow?.activeWorkflow;
+            }"""
+        )
         self.clear()
 
     def clear(self) -> None:

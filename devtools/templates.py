@@ -257,7 +257,7 @@ _TITLE, _GAP, _COLUMN_GAP = 30, 40, 60
 _SLOT, _WIDGET, _TEXT = 20, 24, 110
 _WIDTH = 300
 _SIZES = {  # of nodes that show more than their widgets
-    "SaveImage": (420, 440),
+    "SaveImage": (340, 370),
     "LoadImage": (300, 340),
     "AuraFlowGGUFInspect": (440, 680),
     "CLIPTextEncode": (340, 130),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from auraflow_gguf.devtools import quick
 from auraflow_gguf.devtools.browser import Editor, browser, frontend_arguments
+from auraflow_gguf.devtools.cache import cache_folder
 from auraflow_gguf.devtools.hosts import find_hosts
 from auraflow_gguf.devtools.random_models import cached_auraflow
 from auraflow_gguf.devtools.server import ROOT, Server
@@ -30,6 +32,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def shared_editor() -> Iterator[Editor]:
     with browser() as opened:
         yield opened
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Keep a picture of what the browser showed when a test failed."""
+    report = yield
+    if report.failed and report.when == "call" and "editor" in item.funcargs:
+        path = cache_folder() / "browser" / f"{re.sub(r'[^a-z0-9]+', '-', item.name.lower())}.png"
+        path.parent.mkdir(exist_ok=True)
+        item.funcargs["editor"].page.screenshot(path=path)
+        report.sections.append(("the browser showed", str(path)))
+    return report
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from auraflow_gguf.devtools import locales, templates
 from auraflow_gguf.devtools.browser import Editor
 from auraflow_gguf.devtools.quick import small
 from auraflow_gguf.devtools.random_models import cached_auraflow
-from auraflow_gguf.devtools.server import ROOT, Server, load_workflow
+from auraflow_gguf.devtools.server import ROOT, Server, Workflow, load_workflow
 from playwright.sync_api import Locator, expect
 
 from .conftest import BAD_FILE
@@ -22,8 +22,7 @@ PACK = "auraflow-gguf"
 def place(editor: Editor, class_type: str) -> None:
     """Find a node with the search box, by the name that it shows, and put it into the graph."""
     page, name = editor.page, NODES[class_type]["display_name"]
-    view = page.locator("#graph-canvas").bounding_box()
-    page.mouse.dblclick(view["x"] + view["width"] * 0.4, view["y"] + view["height"] * 0.3)
+    page.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
     page.locator("[role=combobox]:focus").fill(name)
     page.locator("[data-testid=result-item], [role=option]").filter(has_text=name).first.click()
     page.wait_for_function("type => app.graph.nodes.some((node) => node.type === type)", arg=class_type)
@@ -76,27 +75,30 @@ def test_a_template_opens_cleanly(editor: Editor, template: templates.Template) 
     thumbnail = card.locator("img").first
     page.wait_for_function("image => image.complete && image.naturalWidth > 100", arg=thumbnail.element_handle())
     card.click()
-    expected = template.workflow
+    expected = numbered(template.workflow)
     page.wait_for_function("count => app.graph.nodes.length === count", arg=len(expected) + 1)
     assert page.evaluate("() => app.graph.nodes.filter((node) => node.has_errors).map((node) => node.type)") == []
-    assert editor.page.get_by_text(re.compile("missing node", re.IGNORECASE)).count() == 0
-    assert named(editor.prompt(), expected) == named(expected, expected)
+    assert page.get_by_text(re.compile("missing node", re.IGNORECASE)).count() == 0
+    prompt = editor.prompt()
+    assert prompt.keys() == expected.keys()
+    for number, node in prompt.items():
+        known = {name: value for name, value in node["inputs"].items() if name in expected[number]["inputs"]}
+        assert {"class_type": node["class_type"], "inputs": known} == expected[number]
 
 
-def named(prompt: dict, expected: dict) -> list:
-    """A prompt whose nodes are numbered by their place, with the inputs that the expected one has too."""
-    places = {key: place for place, key in enumerate(sorted(prompt, key=int) if "1" in prompt else prompt)}
-    keys = list(expected)
-    nodes = [None] * len(keys)
-    for key, node in prompt.items():
-        known = expected[keys[places[key]]]["inputs"]
-        inputs = {
-            name: [places[value[0]], value[1]] if isinstance(value, list) else value
-            for name, value in node["inputs"].items()
-            if name in known
+def numbered(workflow: Workflow) -> Workflow:
+    """A workflow whose nodes have the numbers of the template's, as texts."""
+    numbers = {key: str(number) for number, key in enumerate(workflow, start=1)}
+    return {
+        numbers[key]: {
+            "class_type": node["class_type"],
+            "inputs": {
+                name: [numbers[value[0]], value[1]] if isinstance(value, list) else value
+                for name, value in node["inputs"].items()
+            },
         }
-        nodes[places[key]] = (node["class_type"], inputs)
-    return nodes
+        for key, node in workflow.items()
+    }
 
 
 def template_graph(case: str) -> dict:
