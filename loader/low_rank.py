@@ -37,16 +37,29 @@ class LowRank:
         return output
 
 
-def low_rank(patches: list[tuple], device: torch.device, dtype: torch.dtype) -> LowRank | None:
+def low_rank(
+    key: str, patches: list[tuple], shape: torch.Size, device: torch.device | None, dtype: torch.dtype
+) -> LowRank | None:
     """A weight's patches as joined factors, or None when one of them is not of low rank.
 
     Args:
+        key: the weight's name, for the error.
         patches: as in ComfyUI's ``ModelPatcher.patches[key]``.
+        shape: ``(out_features, in_features)`` of the weight.
         device, dtype: where and in what the model computes.
+
+    Raises:
+        ValueError: a patch is for a weight of another shape. (ComfyUI logs it, and leaves the weight as it is.)
     """
     factors = [_factors(patch) for patch in patches]
     if not all(factors):
         return None
+    for down, up, _ in factors:
+        if (len(up), down.shape[1]) != tuple(shape):
+            raise ValueError(
+                f"A LoRA changes {key} as a weight of {len(up)} × {down.shape[1]}, but it has {shape[0]} × {shape[1]}: "
+                "the LoRA was made for another model. Remove it, or pick one for AuraFlow."
+            )
     downs, ups, scales = zip(*factors, strict=True)
     down = torch.cat([down.to(device, dtype) for down in downs])
     up = torch.cat([(up.to(device, torch.float32) * s).to(dtype) for up, s in zip(ups, scales, strict=True)], dim=1)

@@ -53,14 +53,17 @@ class HookPatches(WeightPatches):
 class _PackedWeightPatching:
     """What both patchers do differently for packed weights."""
 
-    def load(self, device_to=None, *args, **kwargs):
+    def load(self, device_to=None, lowvram_model_memory=0, *args, **kwargs):
         beside = self._low_rank_patches(device_to)
-        with self._packed_patches_as_functions(without=beside):
-            super().load(device_to, *args, **kwargs)
+        size = sum(factors.nbytes for factors in beside.values())
+        if lowvram_model_memory:  # 0: as much as it takes
+            lowvram_model_memory = max(1, lowvram_model_memory - size)
         self._remove_low_rank()
         for key, factors in beside.items():
             self._module_of(key).low_rank = factors
-            self.model.model_loaded_weight_memory += factors.nbytes
+        with self._packed_patches_as_functions(without=beside):
+            super().load(device_to, lowvram_model_memory, *args, **kwargs)
+        self.model.model_loaded_weight_memory += size
 
     def partially_unload(self, *args, **kwargs):
         with self._packed_patches_as_functions(without=self.patches):
@@ -74,13 +77,17 @@ class _PackedWeightPatching:
 
     def patch_hooks(self, hooks):
         super().patch_hooks(hooks)
-        self._remove_functions(HookPatches)
-        if hooks is None:
-            return
-        original_weights = self.get_key_patches()
-        for key, patches in self.get_combined_hook_patches(hooks).items():
-            if self._is_packed(key):
-                self._module_of(key).weight_function.append(HookPatches(key, patches, original_weights))
+        self._remove_hooks()
+        combined = {key: p for key, p in self.get_combined_hook_patches(hooks).items() if self._is_packed(key)}
+        original_weights = self.get_key_patches() if combined else None
+        for key, patches in combined.items():
+            module = self._module_of(key)
+            if module.low_rank is not None:  # what the hooks patch is the weight with these
+                patches = [*self.patches[key], *patches]
+            self.model.low_rank_without_hooks[key] = module.low_rank
+            module.low_rank = self._low_rank(key, patches, self.load_device)
+            if module.low_rank is None:
+                module.weight_function.append(HookPatches(key, patches, original_weights))
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
         if not self._is_packed(key):
@@ -89,7 +96,7 @@ class _PackedWeightPatching:
     def unpatch_hooks(self, whitelist_keys_set=None):
         super().unpatch_hooks(whitelist_keys_set)
         if not whitelist_keys_set:
-            self._remove_functions(HookPatches)
+            self._remove_hooks()
 
     def state_dict_for_saving(self, clip_state_dict=None, vae_state_dict=None, clip_vision_state_dict=None):
         """What a saved checkpoint holds: every weight dense, in main memory, its patches applied."""
@@ -122,17 +129,28 @@ class _PackedWeightPatching:
     def _low_rank_patches(self, device: torch.device) -> dict[str, LowRank]:
         beside = {}
         for key, patches in self.patches.items():
-            if self._is_packed(key) and (factors := low_rank(patches, device, self.model.get_dtype_inference())):
+            if self._is_packed(key) and (factors := self._low_rank(key, patches, device)):
                 beside[key] = factors
         return beside
+
+    def _low_rank(self, key: str, patches: list[tuple], device: torch.device) -> LowRank | None:
+        shape = comfy.utils.get_attr(self.model, key).shape
+        return low_rank(key, patches, shape, device, self.model.get_dtype_inference())
 
     def _module_of(self, key: str) -> torch.nn.Module:
         return comfy.utils.get_attr(self.model, key.rpartition(".")[0])
 
     def _remove_low_rank(self) -> None:
+        self.model.low_rank_without_hooks.clear()
         for module in self.model.modules():
             if getattr(module, "low_rank", None) is not None:
                 module.low_rank = None
+
+    def _remove_hooks(self) -> None:
+        self._remove_functions(HookPatches)
+        for key, factors in self.model.low_rank_without_hooks.items():
+            self._module_of(key).low_rank = factors
+        self.model.low_rank_without_hooks.clear()
 
     def _is_packed(self, key: str) -> bool:
         weight = comfy.utils.get_attr(self.model, key)
@@ -166,5 +184,6 @@ class GGUFModelPatcherDynamic(_PackedWeightPatching, ModelPatcherDynamic):
 
 def for_packed_weights(patcher: ModelPatcher) -> GGUFModelPatcher | GGUFModelPatcherDynamic:
     """ComfyUI's freshly made patcher as the one of the same kind that knows packed weights."""
+    patcher.model.low_rank_without_hooks = {}
     patcher_class = GGUFModelPatcherDynamic if patcher.is_dynamic() else GGUFModelPatcher
     return patcher_class(patcher.model, patcher.load_device, patcher.offload_device)

@@ -85,7 +85,8 @@ def write_gguf(
                 file.write(bytes(_padded(written) - written))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        _refuse_existing(target, overwrite)  # one that another conversion has made meanwhile
+        _replace(temporary, target)
     except BaseException as error:
         if os.path.exists(temporary):
             os.unlink(temporary)
@@ -99,6 +100,28 @@ def write_gguf(
         raise
 
 
+def _refuse_existing(target: str, overwrite: bool) -> None:
+    if os.path.lexists(target) and not overwrite:
+        raise ModelFileError(
+            target,
+            found="a file of that name",
+            expected="none",
+            advice="Choose another name, or allow it to be replaced (--overwrite).",
+        )
+
+
+def _replace(temporary: str, target: str) -> None:
+    try:
+        os.replace(temporary, target)
+    except OSError as error:
+        raise ModelFileError(
+            target,
+            found=f"that it cannot be replaced ({error.strerror})",
+            expected="a file that no program has open",  # Windows keeps one that ComfyUI has loaded
+            advice="Unload the model or close the program that uses it, or choose another name.",
+        ) from error
+
+
 def _check_target(target: str, size: int, overwrite: bool) -> None:
     folder = os.path.dirname(target)
     if not os.path.isdir(folder):
@@ -108,13 +131,7 @@ def _check_target(target: str, size: int, overwrite: bool) -> None:
             expected="a folder to write into",
             advice="Create the folder, or choose another place.",
         )
-    if os.path.lexists(target) and not overwrite:
-        raise ModelFileError(
-            target,
-            found="a file of that name",
-            expected="none",
-            advice="Choose another name, or allow it to be replaced (--overwrite).",
-        )
+    _refuse_existing(target, overwrite)
     free = shutil.disk_usage(folder).free
     if free < size:
         raise ModelFileError(

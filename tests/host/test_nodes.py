@@ -61,6 +61,17 @@ def test_a_replaced_file_is_loaded_anew(pack_nodes, models):
     assert node.fingerprint_inputs(NAME) != before
 
 
+def test_a_replaced_part_of_a_split_file_counts(pack_nodes, models):
+    node = pack_nodes["AuraFlowGGUFLoader"]
+    first, second = (models / f"[a]-0000{number}-of-00002.gguf" for number in (1, 2))
+    first.touch()
+    before = node.fingerprint_inputs(first.name)
+    second.touch()
+    both = node.fingerprint_inputs(first.name)
+    os.utime(second, ns=(1, 1))
+    assert len({before, both, node.fingerprint_inputs(first.name)}) == 3
+
+
 def test_two_loaders_share_no_setting(pack_nodes, models):
     node = pack_nodes["AuraFlowGGUFLoader"]
     half, full = (node.execute(NAME, dtype).args[0] for dtype in ("bfloat16", "float32"))

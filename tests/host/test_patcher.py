@@ -172,6 +172,29 @@ def test_weights_stay_packed_and_nothing_is_left_behind(packed):
     assert is_packed(packed.model.diffusion_model.final_linear.weight)
 
 
+def test_the_factors_count_as_loaded_memory(packed):
+    model = patched(packed, lambda name, shape: lora(name, shape, rank=512))
+    model.unpatch_model(torch.device("cpu"))
+    limit = packed.model_size() // 2
+    model.patch_model(torch.device("cpu"), lowvram_model_memory=limit)
+    try:
+        factors = [m.low_rank.nbytes for m in model.model.modules() if getattr(m, "low_rank", None)]
+        assert 0.1 * limit < sum(factors) < model.loaded_size() <= limit
+    finally:
+        model.unpatch_model(torch.device("cpu"))
+
+
+def test_a_lora_for_weights_of_another_shape_is_refused(packed):
+    state = lora("diffusion_model.double_layers.0.attn.w2k", (3072, 2048))
+    model = packed.clone()
+    model.add_patches(comfy.lora.load_lora(state, comfy.lora.model_lora_keys_unet(model.model, {})))
+    with pytest.raises(
+        ValueError, match=r"w2k.weight as a weight of 3072 × 2048, but it has 3072 × 3072: .*another model"
+    ):
+        sample(model)
+    assert sample(packed).isfinite().all()
+
+
 def test_clones_keep_the_class_and_can_be_made_anew(packed, path):
     assert isinstance(packed.clone(), GGUFModelPatcher)
     factory, arguments = packed.cached_patcher_init
