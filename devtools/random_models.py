@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+import numpy as np
 import torch
 
 from ..loader.architecture import Size
 from ..loader.auraflow import AURAFLOW
-from ..quantizer.convert import convert
+from ..loader.quant_types.base import QuantType
+from ..quantizer.convert import CHUNK, convert, quantize
+from ..quantizer.recipe import Recipe
+from ..quantizer.writer import TensorSpec, write_gguf
 from .cache import cache_folder, locked
 
 VERSION = 1
 """Part of the cached files' names: to be raised when what is in them changes."""
+
+BLOCKS = 4096
+"""Of each type and size of row, in a file that is packed without being quantized."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -88,6 +96,44 @@ def make_auraflow(
 
     shapes = {name: natives[native] for name, native in names.items()}
     write_safetensors(path, shapes, values, dtype)
+
+
+def make_packed_auraflow(
+    path: Path, recipe: Recipe, double_layers: int, single_layers: int, positional: int = 4096, seed: int = 0
+) -> None:
+    """Writes an AuraFlow transformer at full width as a GGUF file without quantizing all of it.
+
+    Each quantized tensor is put together at random from ``BLOCKS`` blocks that are quantized: the numbers are those of
+    a converted file, and take seconds to make in any type.
+
+    Args:
+        path: the file; overwritten.
+        recipe: which type each tensor gets.
+        double_layers, single_layers: how many of each.
+        positional: N, the square number of positional encodings.
+        seed: of everything.
+    """
+    shapes = auraflow_shapes(double_layers, single_layers, positional)
+    tensors = [TensorSpec(name, shape, recipe.type_of(name, shape, torch.bfloat16)) for name, shape in shapes.items()]
+    random = np.random.default_rng(seed)
+
+    @functools.cache
+    def blocks(quant_type: QuantType, columns: int) -> np.ndarray:
+        weights = random_weight(f"{quant_type.name}-{columns}", (BLOCKS, quant_type.block_size), seed)
+        scale = math.sqrt(quant_type.block_size / columns)  # as of a tensor with so many columns
+        return quantize(weights * scale, quant_type)
+
+    def data(tensor: TensorSpec) -> Iterator[memoryview]:
+        if tensor.type.block_size == 1:
+            weight = random_weight(tensor.name, tensor.shape, seed)
+            yield memoryview(quantize(weight.reshape(-1, tensor.shape[-1]), tensor.type))
+            return
+        made = blocks(tensor.type, tensor.shape[-1])
+        for begin in range(0, tensor.size, CHUNK):
+            chosen = random.integers(BLOCKS, size=min(CHUNK, tensor.size - begin) // tensor.type.block_size)
+            yield memoryview(made[chosen])
+
+    write_gguf(path, {"general.architecture": AURAFLOW.name}, tensors, data, overwrite=True)
 
 
 def auraflow_shapes(double_layers: int, single_layers: int, positional: int = 4096) -> Shapes:

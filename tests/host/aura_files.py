@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from auraflow_gguf.devtools.cache import cache_folder, locked
 from auraflow_gguf.devtools.server import ROOT
 from auraflow_gguf.loader.auraflow import AURAFLOW
 from auraflow_gguf.loader.gguf_file import open_gguf
-from auraflow_gguf.quantizer.convert import convert
+from auraflow_gguf.quantizer.recipe import recipe_for
 
 
 def make_gguf(type_name: str, *tensor_types: str) -> Path:
@@ -26,17 +27,26 @@ def make_gguf(type_name: str, *tensor_types: str) -> Path:
     folder = cache_folder() / "tests"
     target = folder / f"{'-'.join((type_name, *tensor_types)).replace('*', '_')}.{_code_hash()}.gguf"
     with locked(folder / "lock"):
-        checkpoint = folder / f"auraflow.v{random_models.VERSION}.safetensors"
-        if not checkpoint.exists():
-            random_models.make_auraflow(checkpoint, double_layers=1, single_layers=1, seed=0)
         if not target.exists():
-            convert(checkpoint, target, type_name, tensor_types=tensor_types)
+            recipe = recipe_for(type_name, tensor_types)
+            random_models.make_packed_auraflow(target, recipe, double_layers=1, single_layers=1)
     return target
 
 
+def make_checkpoint() -> Path:
+    """A checkpoint of the same size in bfloat16, made once."""
+    folder = cache_folder() / "tests"
+    checkpoint = folder / f"auraflow.v{random_models.VERSION}.safetensors"
+    with locked(folder / "lock"):
+        if not checkpoint.exists():
+            random_models.make_auraflow(checkpoint, double_layers=1, single_layers=1, seed=0)
+    return checkpoint
+
+
+@functools.cache
 def _code_hash() -> str:
     """Of the code that makes the files, so that a change of it makes new ones."""
-    sources = ROOT.glob("quantizer/*.py")
+    sources = [*ROOT.glob("quantizer/*.py"), ROOT / "devtools" / "random_models.py"]
     digest = hashlib.sha256()
     for source in sorted(sources):
         digest.update(source.read_bytes())

@@ -6,6 +6,9 @@ import comfy.hooks
 import comfy.sample
 import torch
 
+QUICK = {"steps": 2, "size": 8, "tokens": 6}
+"""Arguments of ``sample`` for tests in which the path counts, not the picture."""
+
 
 def sample(
     model, *, sampler="euler", scheduler="simple", steps=4, cfg=3.5, size=16, tokens=24, seed=1, hooks=None

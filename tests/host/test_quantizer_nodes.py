@@ -8,18 +8,20 @@ import folder_paths
 import pytest
 import torch
 import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
-from auraflow_gguf.devtools.cache import cache_folder
 from auraflow_gguf.loader.errors import ModelFileError
 from auraflow_gguf.loader.gguf_file import open_gguf
 from auraflow_gguf.loader.model import load_model
+from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.nodes import AuraFlowGGUFExtension
 from auraflow_gguf.nodes.convert import AuraFlowGGUFConvert
 from auraflow_gguf.nodes.importance import AuraFlowGGUFImportance
 from auraflow_gguf.nodes.save import AuraFlowGGUFSave, ModelCheckpoint
+from auraflow_gguf.quantizer.convert import quantize
 from auraflow_gguf.quantizer.imatrix import read_imatrix
+from safetensors.torch import load_file
 
-from .aura_files import load_dense, make_gguf
-from .sampling import relative_error, sample
+from .aura_files import load_dense, make_checkpoint, make_gguf
+from .sampling import QUICK, relative_error, sample
 from .test_patcher import LINEARS, lora, patched
 
 CHECKPOINT = "auraflow.safetensors"
@@ -43,11 +45,11 @@ def output(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def models(tmp_path, monkeypatch, path):
+def models(tmp_path, monkeypatch):
     """The only folder of models/diffusion_models, with a checkpoint in it."""
     folder = tmp_path / "diffusion_models"
     folder.mkdir()
-    (folder / CHECKPOINT).symlink_to(next((cache_folder() / "tests").glob("auraflow.v*.safetensors")))
+    (folder / CHECKPOINT).symlink_to(make_checkpoint())
     for key, extensions in (("diffusion_models", {".safetensors"}), ("unet_gguf", {".gguf"})):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(folder)], extensions))
     folder_paths.filename_list_cache.clear()
@@ -65,8 +67,8 @@ def packed_bytes(path):
 
 def test_a_model_with_a_lora_gives_its_picture_from_the_file(packed, path, output):
     model = patched(packed, lora)
-    expected = sample(model)
-    assert relative_error(sample(packed), expected) > 1e-2
+    expected = sample(model, **QUICK)
+    assert relative_error(sample(packed, **QUICK), expected) > 1e-2
     target = save(model, "Q4_0", tensor_types="\n".join(f"{name}=F32" for name in LINEARS))
     assert os.path.relpath(target, output) == os.path.join("diffusion_models", "test_00001_.gguf")
 
@@ -77,17 +79,17 @@ def test_a_model_with_a_lora_gives_its_picture_from_the_file(packed, path, outpu
         elif type_name == "Q4_0":
             assert after[name][0] == "Q4_0"
             assert torch.equal(after[name][1], blocks), name
-    assert relative_error(sample(load_model(target, torch.float32)), expected) < 1e-4
-    assert relative_error(sample(packed), expected) > 1e-2  # nothing was baked into the model itself
+    assert relative_error(sample(load_model(target, torch.float32), **QUICK), expected) < 1e-4
+    assert relative_error(sample(packed, **QUICK), expected) > 1e-2  # nothing was baked into the model itself
 
 
 def test_a_dense_model_with_a_lora_is_quantized(path, output):
     dense = load_dense(path)
     model = patched(dense, lora)
-    expected = sample(model)
+    expected = sample(model, **QUICK)
     saved = load_model(save(model, "Q8_0"), torch.float32)
-    assert relative_error(sample(dense), expected) > 2e-2
-    assert relative_error(sample(saved), expected) < 5e-3
+    assert relative_error(sample(dense, **QUICK), expected) > 2e-2
+    assert relative_error(sample(saved, **QUICK), expected) < 5e-3
 
 
 def test_patches_are_those_of_the_model_whatever_is_loaded(packed):
@@ -108,13 +110,16 @@ def test_patches_are_those_of_the_model_whatever_is_loaded(packed):
     assert name in LINEARS
 
 
-def test_a_checkpoint_is_converted(models, path):
+def test_a_checkpoint_is_converted(models):
     source = f"diffusion_models/{CHECKPOINT}"
     target = AuraFlowGGUFConvert.execute(source, "Q4_0").args[0]
     assert target == str(models / "auraflow-Q4_0.gguf")
-    made, expected = packed_bytes(target), packed_bytes(path)
-    assert made.keys() == expected.keys()
-    assert all(torch.equal(made[name][1], expected[name][1]) for name in expected)
+    made, weights = packed_bytes(target), load_file(models / CHECKPOINT)
+    assert made.keys() == weights.keys()
+    for name, type_name in (("single_layers.0.attn.w1q.weight", "Q4_0"), ("modF.1.weight", "BF16")):
+        expected = quantize(weights[name].float(), QUANT_TYPES[type_name])
+        assert made[name][0] == type_name
+        assert torch.equal(made[name][1], torch.from_numpy(expected.reshape(-1)))
     with pytest.raises(ModelFileError, match="found a file of that name"):
         AuraFlowGGUFConvert.execute(source, "Q8_0", output_name="auraflow-Q4_0.gguf")
 

@@ -14,10 +14,8 @@ from comfy_extras.nodes_model_merging import ModelMergeBlocks, ModelMergeSimple,
 
 from .aura_files import load_dense, make_gguf
 from .forward import forward, loaded
-from .sampling import relative_error, sample
-from .test_patcher import LINEARS, diff, dora, lora, noise, patched
-
-QUICK = {"steps": 2, "size": 8, "tokens": 6}
+from .sampling import QUICK, relative_error, sample
+from .test_patcher import LINEARS, diff, dora, lora, noise, patched, state_of
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +30,7 @@ def dense():
 
 def lora_hooks(kind, strengths=(1.0,)):
     """What Create Hook LoRA makes, with a keyframe for each strength, spread over the steps."""
-    state = {}
-    for name, shape in LINEARS.items():
-        state |= kind(f"diffusion_model.{name}", shape)
-    hooks = comfy.hooks.create_hook_lora(state, 1.0, 0.0)
+    hooks = comfy.hooks.create_hook_lora(state_of(kind, tuple(LINEARS)), 1.0, 0.0)
     keyframes = comfy.hooks.HookKeyframeGroup()
     for number, strength in enumerate(strengths):
         keyframes.add(comfy.hooks.HookKeyframe(strength, start_percent=number / len(strengths)))
@@ -97,10 +92,8 @@ def test_compute_dtype(packed, dense):
 
 def test_bypass_lora(packed, dense):
     """The host's own way beside the weight, by injections, on top of ours."""
-    names = [name for name in LINEARS if name != "single_layers.0.mlp.c_proj"]
-    state = {}
-    for name in names:
-        state |= lora(f"diffusion_model.{name}", LINEARS[name])
+    names = ("double_layers.0.attn.w2k", "final_linear")
+    state = state_of(lora, names)
 
     def bypassing(model):
         return comfy.sd.load_bypass_lora_for_models(patched(model, lora), None, state, 0.7, 0.0)[0]
