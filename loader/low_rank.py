@@ -31,9 +31,9 @@ class LowRank:
 
     def add_to(self, output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
         """``output + up (down input)``, written into ``output`` ``(…, out_features)``."""
-        hidden = torch.nn.functional.linear(input, self.down)
+        hidden = torch.nn.functional.linear(input, self.down.to(input.device))
         rows = output.view(-1, output.shape[-1])
-        rows.addmm_(hidden.view(-1, hidden.shape[-1]), self.up.t())
+        rows.addmm_(hidden.view(-1, hidden.shape[-1]), self.up.to(input.device).t())
         return output
 
 

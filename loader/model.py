@@ -9,6 +9,7 @@ import comfy.model_management
 import comfy.sd
 import torch
 
+from . import modulation
 from .architecture import Match, listed, match
 from .auraflow import AURAFLOW
 from .gguf_file import GGUFFile, open_gguf
@@ -23,13 +24,17 @@ COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def load_model(
-    path: str | os.PathLike, compute_dtype: torch.dtype | None = None, disable_dynamic: bool = False
+    path: str | os.PathLike,
+    compute_dtype: torch.dtype | None = None,
+    modulation_cache: bool = True,
+    disable_dynamic: bool = False,
 ) -> GGUFModelPatcher | GGUFModelPatcherDynamic:
     """Load an AuraFlow transformer.
 
     Args:
         path: a GGUF file, in any spelling and of any quantization types.
         compute_dtype: what the model computes in; None leaves the choice to ComfyUI.
+        modulation_cache: keep modulation, a third of the weights, off the device (modulation.py).
         disable_dynamic: use ComfyUI's static patcher, also where dynamic VRAM is on.
 
     Returns:
@@ -61,8 +66,16 @@ def load_model(
     # The weights show `dtype` as theirs, and so that is what the model computes in.
     patcher.model.manual_cast_dtype = None
     patcher = for_packed_weights(patcher)
-    patcher.cached_patcher_init = (load_model, (os.fspath(path), compute_dtype))
+    patcher.cached_patcher_init = (load_model, (os.fspath(path), compute_dtype, modulation_cache))
     logger.info("%s: %s", os.path.basename(file.path), _summary(file, matched, dtype))
+    if modulation_cache:
+        modulation.install(patcher)
+        saved = modulation.mapped_bytes(patcher.model)
+        logger.info(
+            "Modulation cache: %.0f MB of weights stay off the device, %.0f MB are loaded",
+            saved / 2**20,
+            patcher.model_size() / 2**20,
+        )
     return patcher
 
 

@@ -29,6 +29,7 @@ class GGUFOps(manual_cast):
             self.register_parameter("weight", None)
             self.register_parameter("bias", None)
             self.low_rank: LowRank | None = None
+            self.stays_mapped = False  # on no device: each use takes the weight from where the file is mapped
             # What ComfyUI's dynamic VRAM casts a dense parameter to.
             self.weight_comfy_model_dtype = dtype
             self.bias_comfy_model_dtype = dtype
@@ -54,6 +55,8 @@ class GGUFOps(manual_cast):
             return weight.dequantize() if is_packed(weight) else weight
 
         def _apply(self, fn, recurse=True):
+            if self.stays_mapped:
+                return self
             # nn.Module assigns `param.data`, which changes what a packed tensor shows, not what it holds.
             for name, param in self._parameters.items():
                 if param is not None:

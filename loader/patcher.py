@@ -3,8 +3,9 @@
 ComfyUI applies a patch (a LoRA, a merge) by replacing the weight with a patched one. A packed weight cannot
 take a patch without becoming dense, three times its size. So the packed weight stays as it is: patches of low
 rank are computed beside it (low_rank.py), and all others are handed to ComfyUI as weight functions, which are
-applied to the dequantized weight when it is used. Everything else (clones, offloading, dense weights, saving)
-is ComfyUI's own.
+applied to the dequantized weight when it is used. The same is done to modulation weights that stay off the device
+(modulation.py); these are left out of what ComfyUI loads and counts. Everything else (clones, offloading, dense
+weights, saving) is ComfyUI's own.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ import comfy.lora
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
+from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic, move_weight_functions
 
 from .layout import is_packed
 from .low_rank import LowRank, low_rank
+from .modulation import mapped_bytes, mapped_linears, table_of
 
 # ComfyUI's dynamic VRAM loads modules of at most this many bytes whole, and calls no weight function for
 # them. Weights this small are patched by ComfyUI itself, which makes them dense.
@@ -53,12 +55,22 @@ class HookPatches(WeightPatches):
 class _PackedWeightPatching:
     """What both patchers do differently for packed weights."""
 
+    def model_size(self):
+        if self.size <= 0:
+            self.size = comfy.model_management.module_size(self.model) - mapped_bytes(self.model)
+        return self.size
+
+    def _load_list(self, *args, **kwargs):
+        mapped = set(mapped_linears(self.model).values())
+        return [entry for entry in super()._load_list(*args, **kwargs) if entry[-2] not in mapped]
+
     def load(self, device_to=None, lowvram_model_memory=0, *args, **kwargs):
         beside = self._low_rank_patches(device_to)
         size = sum(factors.nbytes for factors in beside.values())
         if lowvram_model_memory:  # 0: as much as it takes
             lowvram_model_memory = max(1, lowvram_model_memory - size)
         self._remove_low_rank()
+        self._patch_mapped_linears(device_to)
         for key, factors in beside.items():
             self._module_of(key).low_rank = factors
         with self._packed_patches_as_functions(without=beside):
@@ -75,22 +87,31 @@ class _PackedWeightPatching:
             self._remove_functions(WeightPatches)
             self._remove_low_rank()
 
+    def detach(self, unpatch_all=True):
+        if unpatch_all and (table := table_of(self.model)):
+            table.clear()
+        return super().detach(unpatch_all)
+
     def patch_hooks(self, hooks):
         super().patch_hooks(hooks)
         self._remove_hooks()
-        combined = {key: p for key, p in self.get_combined_hook_patches(hooks).items() if self._is_packed(key)}
+        combined = self.get_combined_hook_patches(hooks)
+        combined = {key: patches for key, patches in combined.items() if self._is_patched_in_use(key)}
         original_weights = self.get_key_patches() if combined else None
         for key, patches in combined.items():
-            module = self._module_of(key)
-            if module.low_rank is not None:  # what the hooks patch is the weight with these
-                patches = [*self.patches[key], *patches]
-            self.model.low_rank_without_hooks[key] = module.low_rank
-            module.low_rank = self._low_rank(key, patches, self.load_device)
-            if module.low_rank is None:
-                module.weight_function.append(HookPatches(key, patches, original_weights))
+            if key.endswith(".weight"):
+                module = self._module_of(key)
+                if module.low_rank is not None:  # what the hooks patch is the weight with these
+                    patches = [*self.patches[key], *patches]
+                self.model.low_rank_without_hooks[key] = module.low_rank
+                device = self.offload_device if self._stays_mapped(key) else self.load_device
+                module.low_rank = self._low_rank(key, patches, device)
+                if module.low_rank is not None:
+                    continue
+            self._functions_of(key).append(HookPatches(key, patches, original_weights))
 
     def patch_hook_weight_to_device(self, hooks, combined_patches, key, original_weights, memory_counter):
-        if not self._is_packed(key):
+        if not self._is_patched_in_use(key):
             super().patch_hook_weight_to_device(hooks, combined_patches, key, original_weights, memory_counter)
 
     def unpatch_hooks(self, whitelist_keys_set=None):
@@ -115,7 +136,7 @@ class _PackedWeightPatching:
     def _packed_patches_as_functions(self, without: Container[str]):
         """Shows ComfyUI the patches of packed weights as weight wrappers, ``without`` these, while it attaches them."""
         patches, wrappers = self.patches, self.weight_wrapper_patches
-        self.patches = {key: value for key, value in patches.items() if not self._is_packed(key)}
+        self.patches = {key: value for key, value in patches.items() if not self._is_patched_in_use(key)}
         self.weight_wrapper_patches = wrappers.copy()
         for key in patches.keys() - self.patches.keys():
             if key in without:
@@ -126,10 +147,25 @@ class _PackedWeightPatching:
         finally:
             self.patches, self.weight_wrapper_patches = patches, wrappers
 
+    def _patch_mapped_linears(self, device: torch.device) -> None:
+        """What ComfyUI's ``load`` does for the linears that it loads; theirs are few uses, so factors stay off too."""
+        for name, linear in mapped_linears(self.model).items():
+            linear.weight_function, linear.bias_function = [], []
+            for key in (f"{name}.weight", f"{name}.bias"):
+                functions = self._functions_of(key)
+                if patches := self.patches.get(key):
+                    if factors := self._low_rank(key, patches, self.offload_device):
+                        linear.low_rank = factors
+                    else:
+                        functions.append(WeightPatches(key, patches))
+                functions.extend(self.weight_wrapper_patches.get(key, ()))
+            move_weight_functions(linear, device)
+
     def _low_rank_patches(self, device: torch.device) -> dict[str, LowRank]:
         beside = {}
         for key, patches in self.patches.items():
-            if self._is_packed(key) and (factors := self._low_rank(key, patches, device)):
+            loaded = self._is_patched_in_use(key) and not self._stays_mapped(key)
+            if loaded and (factors := self._low_rank(key, patches, device)):
                 beside[key] = factors
         return beside
 
@@ -152,15 +188,24 @@ class _PackedWeightPatching:
             self._module_of(key).low_rank = factors
         self.model.low_rank_without_hooks.clear()
 
-    def _is_packed(self, key: str) -> bool:
+    def _is_patched_in_use(self, key: str) -> bool:
+        """Whether patches of a weight leave it as it is and act when it is used."""
         weight = comfy.utils.get_attr(self.model, key)
-        return is_packed(weight) and weight.nbytes > _ALWAYS_LOADED_BYTES
+        return self._stays_mapped(key) or (is_packed(weight) and weight.nbytes > _ALWAYS_LOADED_BYTES)
+
+    def _stays_mapped(self, key: str) -> bool:
+        return getattr(self._module_of(key), "stays_mapped", False)
+
+    def _functions_of(self, key: str) -> list:
+        """The functions that ComfyUI applies to a weight, or to a bias, when it is used."""
+        return getattr(self._module_of(key), f"{key.rpartition('.')[2]}_function")
 
     def _remove_functions(self, kind: type[WeightPatches]) -> None:
         for module in self.model.modules():
-            functions = getattr(module, "weight_function", ())
-            if any(isinstance(function, kind) for function in functions):
-                module.weight_function = [f for f in functions if not isinstance(f, kind)]
+            for name in ("weight_function", "bias_function"):
+                functions = getattr(module, name, ())
+                if any(isinstance(function, kind) for function in functions):
+                    setattr(module, name, [f for f in functions if not isinstance(f, kind)])
 
 
 class GGUFModelPatcher(_PackedWeightPatching, ModelPatcher):

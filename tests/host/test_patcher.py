@@ -18,6 +18,8 @@ LINEARS = {  # of two widths, in both kinds of layers, and one that is too small
     "single_layers.0.mlp.c_proj": (3072, 8192),
     "final_linear": (16, 3072),
 }
+MODULATION = "single_layers.0.modCX.1"
+SHAPES = LINEARS | {MODULATION: (18432, 3072)}
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +89,7 @@ KINDS = [lora, lora_alpha, dora, loha, lokr, glora, oft, boft, diff]
 @functools.lru_cache(maxsize=4)
 def state_of(kind, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """What a file has of patches of one kind on the linears."""
-    return {key: value for name in names for key, value in kind(f"diffusion_model.{name}", LINEARS[name]).items()}
+    return {key: value for name in names for key, value in kind(f"diffusion_model.{name}", SHAPES[name]).items()}
 
 
 def patched(patcher, kind, strength=1.0, names=tuple(LINEARS)):

@@ -28,9 +28,9 @@ def dense():
     return load_dense(make_gguf("Q4_0"))
 
 
-def lora_hooks(kind, strengths=(1.0,)):
+def lora_hooks(kind, strengths=(1.0,), names=tuple(LINEARS)):
     """What Create Hook LoRA makes, with a keyframe for each strength, spread over the steps."""
-    hooks = comfy.hooks.create_hook_lora(state_of(kind, tuple(LINEARS)), 1.0, 0.0)
+    hooks = comfy.hooks.create_hook_lora(state_of(kind, names), 1.0, 0.0)
     keyframes = comfy.hooks.HookKeyframeGroup()
     for number, strength in enumerate(strengths):
         keyframes.add(comfy.hooks.HookKeyframe(strength, start_percent=number / len(strengths)))
