@@ -25,3 +25,19 @@ def test_latents_equal_those_of_the_dense_weights(tmp_path, type_name):
 
     diffusers = respell(path, tmp_path / "diffusers.gguf", prefix="transformer.", spelling="diffusers")
     assert torch.equal(sample(load_model(diffusers)), latents)
+
+
+@pytest.mark.parametrize("spelling", ["native", "diffusers"])
+def test_a_bias_exists_exactly_when_the_file_holds_it(tmp_path, spelling):
+    name = "single_layers.0.attn.w1q"
+    bias = torch.linspace(-1, 1, 3072)
+    source = make_gguf("Q4_0")
+    file = respell(source, tmp_path / "biased.gguf", spelling=spelling, biases={f"{name}.bias": bias})
+    plain, biased = (load_model(path).model.diffusion_model for path in (source, file))
+    with_bias = [
+        {n for n, m in model.named_modules() if getattr(m, "bias", None) is not None} for model in (plain, biased)
+    ]
+    assert with_bias == [{"t_embedder.mlp.0", "t_embedder.mlp.2", "init_x_linear"}, {*with_bias[0], name}]
+    input = torch.randn(3, 3072, generator=torch.Generator().manual_seed(0))
+    expected = plain.get_submodule(name)(input) + bias
+    torch.testing.assert_close(biased.get_submodule(name)(input), expected)
