@@ -4,7 +4,8 @@ ComfyUI applies a patch (a LoRA, a merge) by replacing the weight with a patched
 take a patch without becoming dense, three times its size. So the packed weight stays as it is: patches of low
 rank are computed beside it (low_rank.py), and all others are handed to ComfyUI as weight functions, which are
 applied to the dequantized weight when it is used. Everything else (clones, offloading, dense weights, saving)
-is ComfyUI's own.
+is ComfyUI's own. When the whole model is loaded and memory is left, weights with those other patches do become
+dense, as long as it lasts.
 """
 
 from __future__ import annotations
@@ -53,17 +54,18 @@ class HookPatches(WeightPatches):
 class _PackedWeightPatching:
     """What both patchers do differently for packed weights."""
 
-    def load(self, device_to=None, lowvram_model_memory=0, *args, **kwargs):
+    def load(self, device_to=None, lowvram_model_memory=0, *args, full_load=False, **kwargs):
         beside = self._low_rank_patches(device_to)
         size = sum(factors.nbytes for factors in beside.values())
         if lowvram_model_memory:  # 0: as much as it takes
             lowvram_model_memory = max(1, lowvram_model_memory - size)
+        dense = self._affordable_dense(device_to, without=beside) if full_load else {}
         self._remove_low_rank()
         for key, factors in beside.items():
             self._module_of(key).low_rank = factors
-        with self._packed_patches_as_functions(without=beside):
-            super().load(device_to, lowvram_model_memory, *args, **kwargs)
-        self.model.model_loaded_weight_memory += size
+        with self._packed_patches_as_functions(without=beside, but_not=dense):
+            super().load(device_to, lowvram_model_memory, *args, full_load=full_load, **kwargs)
+        self.model.model_loaded_weight_memory += size + sum(dense.values())
 
     def partially_unload(self, *args, **kwargs):
         with self._packed_patches_as_functions(without=self.patches):
@@ -112,10 +114,15 @@ class _PackedWeightPatching:
         return (weight.dequantize() if is_packed(weight) else weight.detach()).cpu()
 
     @contextlib.contextmanager
-    def _packed_patches_as_functions(self, without: Container[str]):
-        """Shows ComfyUI the patches of packed weights as weight wrappers, ``without`` these, while it attaches them."""
+    def _packed_patches_as_functions(self, without: Container[str], but_not: Container[str] = ()):
+        """Shows ComfyUI the patches of packed weights as weight wrappers, while it attaches them.
+
+        Args:
+            without: weights whose patches it is not shown.
+            but_not: weights whose patches it is shown as they are, and makes the weights dense.
+        """
         patches, wrappers = self.patches, self.weight_wrapper_patches
-        self.patches = {key: value for key, value in patches.items() if not self._is_packed(key)}
+        self.patches = {key: value for key, value in patches.items() if key in but_not or not self._is_packed(key)}
         self.weight_wrapper_patches = wrappers.copy()
         for key in patches.keys() - self.patches.keys():
             if key in without:
@@ -125,6 +132,28 @@ class _PackedWeightPatching:
             yield
         finally:
             self.patches, self.weight_wrapper_patches = patches, wrappers
+
+    def _affordable_dense(self, device: torch.device, without: Container[str]) -> dict[str, int]:
+        """Patched weights for which there is memory to keep them dense, and the bytes that each then takes more.
+
+        Half of what is free is left: this does not know how much sampling takes.
+        """
+        if self.is_dynamic():
+            return {}
+        management = comfy.model_management
+        spare = (management.get_free_memory(device) - self.model_size() - management.minimum_inference_memory()) / 2
+        dense = {}
+        for key in self.patches:
+            # what has been loaded with its patches as a function is not patched again
+            loaded = getattr(self._module_of(key), "comfy_patched_weights", False)
+            if key in without or loaded or not self._is_packed(key):
+                continue
+            weight = comfy.utils.get_attr(self.model, key)
+            more = weight.numel() * weight.dtype.itemsize - weight.nbytes
+            if more <= spare:
+                dense[key] = more
+                spare -= more
+        return dense
 
     def _low_rank_patches(self, device: torch.device) -> dict[str, LowRank]:
         beside = {}
