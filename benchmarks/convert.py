@@ -7,6 +7,7 @@ away: reading, widening to float32 and writing are in the converter's time, not 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from ..loader.architecture import match
 from ..loader.auraflow import AURAFLOW
 from ..loader.quant_types.base import QuantType
 from ..quantizer.checkpoint import open_checkpoint
-from ..quantizer.convert import convert, quantize
+from ..quantizer.convert import quantize
 from ..quantizer.recipe import RECIPES
 from ..tests.quantizer import ggml
 from .measure import Ratio, seconds
@@ -38,23 +39,27 @@ FULL_SIZE = {"double_layers": 4, "single_layers": 32, "positional": 9216}  # Aur
 Quantizer = Callable[[np.ndarray, QuantType], object]  # of float32 rows
 
 # VmHWM is the process's own; ru_maxrss may be that of the process that started it.
-PEAK = """
-import re, sys
+CONVERTER = """
+import json, re, sys, time
 from pathlib import Path
 sys.path.insert(0, {root!r})
 import dev
 dev.register_pack()
 from auraflow_gguf.quantizer.convert import convert
-convert({source!r}, {target!r}, {type!r})
-print(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1])
+begin = time.perf_counter()
+convert({source!r}, {target!r}, {type!r}, overwrite=True)
+seconds = time.perf_counter() - begin
+status = Path("/proc/self/status")
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text()) if status.exists() else None
+print(json.dumps([seconds, 1024 * int(peak[1]) if peak else None]))
 """
 
 
 def measure(pairs: int, *, full_size: bool = False) -> dict:
     """The ratios of `convert` to each quantizer alone, and the memory that a process that converts takes at most.
 
-    The checkpoint has AuraFlow's width and random weights. ``full_size`` takes twice 14 GB of disk at most, and minutes
-    for each run; the checkpoint is deleted at the end.
+    The checkpoint has AuraFlow's width and random weights. ``full_size`` takes 18 GB of disk, and minutes for each run;
+    then only ggml's library is measured beside. The files are deleted at the end.
 
     Raises:
         ggml.Unavailable: ggml's library is not to be had here.
@@ -68,22 +73,31 @@ def measure(pairs: int, *, full_size: bool = False) -> dict:
         size = FULL_SIZE if full_size else SMALL
         make_auraflow(source, **size, seed=0)
         alone: dict[str, Quantizer] = {
-            "ggml": lambda rows, quant_type: _in_threads(pool, oracle.quantize, rows, quant_type),
-            "libgguf": lambda rows, quant_type: quantize(torch.from_numpy(rows), quant_type),  # threads by itself
+            "ggml": lambda rows, quant_type: _in_threads(pool, oracle.quantize, rows, quant_type)
         }
-        peak = _peak(source, target)
-        times = []
+        if not full_size:  # this one threads by itself
+            alone["libgguf"] = lambda rows, quant_type: quantize(torch.from_numpy(rows), quant_type)
+        times, peaks = [], []
         for _ in range(pairs):
-            ours = seconds(lambda: convert(source, target, TYPE, overwrite=True))
+            ours, peak = _convert(source, target)
             times.append((ours, _seconds_alone(source, alone)))
+            peaks.append(peak)
         return {
             "type": TYPE,
             "layers": [size["double_layers"], size["single_layers"]],
             "threads": threads,
             "source_bytes": source.stat().st_size,
             **{f"beside_{name}": asdict(Ratio.of([(other[name], ours) for ours, other in times])) for name in alone},
-            "peak_bytes": peak,
+            "peak_bytes": None if None in peaks else max(peaks),
         }
+
+
+def _convert(source: Path, target: Path) -> tuple[float, int | None]:
+    """Seconds, and bytes resident at most, of a process that converts; None where the system does not say them."""
+    root = str(Path(__file__).resolve().parent.parent)
+    script = CONVERTER.format(root=root, source=str(source), target=str(target), type=TYPE)
+    process = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True)
+    return tuple(json.loads(process.stdout))
 
 
 def _seconds_alone(source: Path, quantizers: dict[str, Quantizer]) -> dict[str, float]:
@@ -109,13 +123,3 @@ def _in_threads(pool: ThreadPoolExecutor, quantizer: Quantizer, rows: np.ndarray
     pieces = [rows[begin : begin + ROWS] for begin in range(0, len(rows), ROWS)]
     for _ in pool.map(lambda piece: quantizer(piece, quant_type), pieces):
         pass
-
-
-def _peak(source: Path, target: Path) -> int | None:
-    """Bytes resident at most in a process that converts; None where the system does not say it."""
-    if sys.platform != "linux":
-        return None
-    root = str(Path(__file__).resolve().parent.parent)
-    script = PEAK.format(root=root, source=str(source), target=str(target), type=TYPE)
-    command = [sys.executable, "-c", script]
-    return 1024 * int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)

@@ -3,8 +3,9 @@
 ComfyUI applies a patch (a LoRA, a merge) by replacing the weight with a patched one. A packed weight cannot
 take a patch without becoming dense, three times its size. So the packed weight stays as it is: patches of low
 rank are computed beside it (low_rank.py), and all others are handed to ComfyUI as weight functions, which are
-applied to the dequantized weight when it is used. The same is done to modulation weights that stay off the device
-(modulation.py); these are left out of what ComfyUI loads and counts. Everything else (clones, offloading, dense
+applied to the dequantized weight when it is used; when the whole model is loaded and memory is left, weights with
+those other patches do become dense, as long as it lasts. Modulation weights that stay off the device (modulation.py)
+are left out of what ComfyUI loads and counts, and always patched in use. Everything else (clones, offloading, dense
 weights, saving) is ComfyUI's own.
 """
 
@@ -64,18 +65,19 @@ class _PackedWeightPatching:
         mapped = set(mapped_linears(self.model).values())
         return [entry for entry in super()._load_list(*args, **kwargs) if entry[-2] not in mapped]
 
-    def load(self, device_to=None, lowvram_model_memory=0, *args, **kwargs):
+    def load(self, device_to=None, lowvram_model_memory=0, *args, full_load=False, **kwargs):
         beside = self._low_rank_patches(device_to)
         size = sum(factors.nbytes for factors in beside.values())
         if lowvram_model_memory:  # 0: as much as it takes
             lowvram_model_memory = max(1, lowvram_model_memory - size)
+        dense = self._affordable_dense(device_to, without=beside) if full_load else {}
         self._remove_low_rank()
         self._patch_mapped_linears(device_to)
         for key, factors in beside.items():
             self._module_of(key).low_rank = factors
-        with self._packed_patches_as_functions(without=beside):
-            super().load(device_to, lowvram_model_memory, *args, **kwargs)
-        self.model.model_loaded_weight_memory += size
+        with self._packed_patches_as_functions(without=beside, but_not=dense):
+            super().load(device_to, lowvram_model_memory, *args, full_load=full_load, **kwargs)
+        self.model.model_loaded_weight_memory += size + sum(dense.values())
 
     def partially_unload(self, *args, **kwargs):
         with self._packed_patches_as_functions(without=self.patches):
@@ -133,10 +135,15 @@ class _PackedWeightPatching:
         return (weight.dequantize() if is_packed(weight) else weight.detach()).cpu()
 
     @contextlib.contextmanager
-    def _packed_patches_as_functions(self, without: Container[str]):
-        """Shows ComfyUI the patches of packed weights as weight wrappers, ``without`` these, while it attaches them."""
+    def _packed_patches_as_functions(self, without: Container[str], but_not: Container[str] = ()):
+        """Shows ComfyUI the patches of packed weights as weight wrappers, while it attaches them.
+
+        Args:
+            without: weights whose patches it is not shown.
+            but_not: weights whose patches it is shown as they are, and makes the weights dense.
+        """
         patches, wrappers = self.patches, self.weight_wrapper_patches
-        self.patches = {key: value for key, value in patches.items() if not self._is_patched_in_use(key)}
+        self.patches = {k: value for k, value in patches.items() if k in but_not or not self._is_patched_in_use(k)}
         self.weight_wrapper_patches = wrappers.copy()
         for key in patches.keys() - self.patches.keys():
             if key in without:
@@ -160,6 +167,28 @@ class _PackedWeightPatching:
                         functions.append(WeightPatches(key, patches))
                 functions.extend(self.weight_wrapper_patches.get(key, ()))
             move_weight_functions(linear, device)
+
+    def _affordable_dense(self, device: torch.device, without: Container[str]) -> dict[str, int]:
+        """Patched weights for which there is memory to keep them dense, and the bytes that each then takes more.
+
+        Half of what is free is left: this does not know how much sampling takes.
+        """
+        if self.is_dynamic():
+            return {}
+        management = comfy.model_management
+        spare = (management.get_free_memory(device) - self.model_size() - management.minimum_inference_memory()) / 2
+        dense = {}
+        for key in self.patches:
+            # what has been loaded with its patches as a function is not patched again
+            loaded = getattr(self._module_of(key), "comfy_patched_weights", False)
+            if key in without or loaded or self._stays_mapped(key) or not self._is_patched_in_use(key):
+                continue
+            weight = comfy.utils.get_attr(self.model, key)
+            more = weight.numel() * weight.dtype.itemsize - weight.nbytes
+            if more <= spare:
+                dense[key] = more
+                spare -= more
+        return dense
 
     def _low_rank_patches(self, device: torch.device) -> dict[str, LowRank]:
         beside = {}

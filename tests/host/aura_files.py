@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import comfy.sd
 import gguf
@@ -53,7 +55,15 @@ def _code_hash() -> str:
     return digest.hexdigest()[:16]
 
 
-def respell(source: Path, target: Path, *, prefix: str = "", spelling: str = "native", architecture: str = "") -> Path:
+def respell(
+    source: Path,
+    target: Path,
+    *,
+    prefix: str = "",
+    spelling: str = "native",
+    architecture: str = "",
+    biases: Mapping[str, torch.Tensor] = MappingProxyType({}),
+) -> Path:
     """The same packed tensors under other names, as another tool would have written them.
 
     Args:
@@ -62,6 +72,7 @@ def respell(source: Path, target: Path, *, prefix: str = "", spelling: str = "na
         prefix: what stands before every name.
         spelling: ``"diffusers"`` renames, and swaps the halves of ``norm_out.linear``.
         architecture: ``general.architecture``.
+        biases: float32 tensors to be added, by native name.
     """
     file = open_gguf(source)
     writer = gguf.GGUFWriter(target, architecture)
@@ -74,6 +85,10 @@ def respell(source: Path, target: Path, *, prefix: str = "", spelling: str = "na
         raw_shape = (*info.shape[:-1], info.type.row_bytes(info.shape[-1]))
         writer.add_tensor(
             prefix + name, rows.numpy().reshape(raw_shape), raw_dtype=gguf.GGMLQuantizationType(info.type.id)
+        )
+    for name, bias in biases.items():
+        writer.add_tensor(
+            prefix + (AURAFLOW.spell(name, "diffusers") if spelling == "diffusers" else name), bias.numpy()
         )
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

@@ -30,6 +30,9 @@ def loaded(patcher, how: str):
         patcher.patch_model(CPU)
         patcher.unpatch_model(CPU)
         patcher.patch_model(CPU)
+    elif how == "rest later":
+        patcher.patch_model(CPU, lowvram_model_memory=size // 2)
+        patcher.load(CPU, full_load=True)
     else:
         patcher.patch_model(CPU, lowvram_model_memory={"full": 0, "half": size // 2, "lowvram": 1}[how])
     try:
@@ -38,4 +41,4 @@ def loaded(patcher, how: str):
         patcher.unpatch_model(CPU)
 
 
-MODES = ["full", "half", "lowvram", "partial unload", "reload"]
+MODES = ["full", "half", "lowvram", "rest later", "partial unload", "reload"]

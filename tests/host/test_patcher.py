@@ -169,14 +169,23 @@ def test_strength_zero_is_the_base_and_a_strength_comes_back_bit_by_bit(packed):
     assert torch.equal(sample(packed, **QUICK), base)
 
 
-def test_weights_stay_packed_and_nothing_is_left_behind(packed):
+def test_weights_stay_packed_but_for_those_that_memory_allows_to_keep_patched(packed):
     model = patched(patched(packed, lora), diff, names=["double_layers.0.attn.w2k"])
-    with loaded(model, "full"):
-        inner = model.model.diffusion_model
-        assert inner.single_layers[0].mlp.c_proj.low_rank is not None
-        assert isinstance(inner.double_layers[0].attn.w2k.weight_function[0], WeightPatches)
-        assert is_packed(inner.single_layers[0].mlp.c_proj.weight)
-        assert model.loaded_size() > packed.model_size()
+    inner = model.model.diffusion_model
+    with_lora, with_diff = inner.single_layers[0].mlp.c_proj, inner.double_layers[0].attn.w2k
+    for mode in ("lowvram", "full"):
+        with loaded(model, mode):
+            assert with_lora.low_rank is not None
+            assert is_packed(with_lora.weight)
+            if mode == "lowvram":
+                assert isinstance(with_diff.weight_function[0], WeightPatches)
+                assert is_packed(with_diff.weight)
+            else:
+                assert not with_diff.weight_function
+                assert not is_packed(with_diff.weight)
+                dense = with_diff.weight.nbytes * (1 - 84 / (256 * 4))  # Q2_K has 84 bytes for 256 weights
+                assert model.loaded_size() == packed.model_size() + with_lora.low_rank.nbytes + dense
+    assert is_packed(with_diff.weight)
     for module in packed.model.modules():
         assert getattr(module, "low_rank", None) is None
         assert not getattr(module, "weight_function", None)

@@ -9,9 +9,11 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 from auraflow_gguf.devtools import random_models
 from auraflow_gguf.devtools.server import PromptError, Server, Workflow, load_workflow, set_inputs
 from PIL import Image
+from safetensors.torch import save_file
 
 
 def text_to_image(model_name: str) -> Workflow:
@@ -68,6 +70,39 @@ def test_text_to_image(server: Server) -> None:
         assert np.asarray(image).std() > 10
     log = server.log.read_text(encoding="utf-8", errors="replace")
     assert not re.search(r"clip missing|unet missing|Missing VAE keys", log)
+
+
+def test_a_lora_in_a_spelling_that_the_host_drops(server: Server) -> None:
+    folder = server.base / "models" / "loras"
+    folder.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        "lora_up": torch.randn(3072, 4, generator=generator),
+        "lora_down": torch.randn(4, 3072, generator=generator),
+    }
+    for name, module in (
+        ("lycoris", "lycoris_single_layers_0_attn_w1o"),
+        ("flux", "lora_unet_double_blocks_0_img_mlp_0"),
+    ):
+        save_file({f"{module}.{key}.weight": factor for key, factor in factors.items()}, folder / f"{name}.safetensors")
+
+    workflow = quick(text_to_image(random_models.cached_auraflow().name), seed=3)
+    (plain,) = server.prompt(workflow)
+    workflow["lora"] = {
+        "class_type": "AuraFlowLoraLoader",
+        "inputs": {"model": ["loader", 0], "lora_name": "lycoris.safetensors", "strength": 1.0},
+    }
+    workflow["sampling"]["inputs"]["model"] = ["lora", 0]
+    (changed,) = server.prompt(workflow)
+    pictures = [np.asarray(Image.open(path), np.float32) for path in (plain, changed)]
+    assert np.abs(pictures[0] - pictures[1]).mean() > 1
+    assert "lycoris.safetensors: matched 1 of 1 modules" in server.log.read_text(encoding="utf-8", errors="replace")
+
+    set_inputs(workflow, "AuraFlowLoraLoader", lora_name="flux.safetensors")
+    with pytest.raises(
+        PromptError, match=r"AuraFlowLoraLoader: flux.safetensors: found a Flux LoRA .*made for AuraFlow"
+    ):
+        server.prompt(workflow)
 
 
 @pytest.mark.parametrize(
