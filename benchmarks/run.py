@@ -12,7 +12,7 @@ from ..devtools.server import device_arguments
 from .measure import machine
 
 RESULTS = Path(__file__).with_name("results.json")
-PARTS = ("load", "step", "lora", "convert")
+PARTS = ("load", "step", "modulation", "lora", "convert")
 CONVERSIONS = 3  # each takes half a minute, and they vary little
 
 
@@ -38,6 +38,8 @@ def main(arguments: list[str], hosts: list[Host]) -> int:
         results["load"] = _load()
     if "step" in parts:
         results["step"] = _step(options.pairs)
+    if "modulation" in parts:
+        results["modulation"] = _modulation(options.pairs)
     if "lora" in parts:
         results["lora"] = _lora(options.pairs)
     if "convert" in parts and (figures := _convert(options.pairs, options.full_size)):
@@ -61,6 +63,13 @@ def _step(pairs: int) -> dict:
 
     print(f"\nA step beside the dense weights: {step.SETTING_TEXT}")
     return {"setting": step.SETTING_TEXT, "rows": step.measure(pairs)}
+
+
+def _modulation(pairs: int) -> dict:
+    from . import modulation
+
+    print(f"\nA step with the modulation cache beside one without: {modulation.SETTING_TEXT}")
+    return {"setting": modulation.SETTING_TEXT, **modulation.measure(pairs)}
 
 
 def _lora(pairs: int) -> dict:

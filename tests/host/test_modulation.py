@@ -16,7 +16,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 
 from .aura_files import make_gguf
-from .forward import CPU, loaded
+from .forward import CPU, loaded, sampler_options
 from .sampling import QUICK, relative_error, sample
 from .test_patcher import MODULATION, diff, dora, lora, patched, state_of
 from .test_stock_nodes import lora_hooks
@@ -105,20 +105,15 @@ def test_ways_to_sample(model, settings):
     assert_cache_changes_nothing(model, **settings)
 
 
-def with_wrappers(model) -> dict:
-    """The transformer options of a sampler that samples ``model``."""
-    return {"wrappers": {WrappersMP.APPLY_MODEL: model.wrappers[WrappersMP.APPLY_MODEL]}}
-
-
 def test_a_batch_of_different_timesteps(model, table):
     generator = torch.Generator().manual_seed(0)
     latent, context = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 6, 2048, generator=generator)
     sigmas = torch.tensor([0.9, 0.4, 0.9])
     with loaded(model, "full"):
-        model.pre_run()
-        cached = model.model.apply_model(latent, sigmas, c_crossattn=context, transformer_options=with_wrappers(model))
-        expected = model.model.apply_model(latent, sigmas, c_crossattn=context, transformer_options={})
-        model.cleanup()
+        cached, expected = (
+            model.model.apply_model(latent, sigmas, c_crossattn=context, transformer_options=options)
+            for options in (sampler_options(model), {})
+        )
     assert len(table) == 2
     assert relative_error(cached, expected) < 1e-5
 
