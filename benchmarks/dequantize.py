@@ -1,8 +1,4 @@
-"""Dequantizing one weight on a CPU, in the ways that there are, beside a plain copy of as many bytes.
-
-A rate is the bytes that are read and written, packed and float32, in a second. Each way gets all the threads that it
-can use; a copy of both sizes together shows what the machine's memory gives.
-"""
+"""Dequantizing one weight on a CPU, in every way that there is, beside a plain copy of as many bytes."""
 
 from __future__ import annotations
 
@@ -11,44 +7,60 @@ from collections.abc import Callable
 
 import gguf
 import libgguf
-import numpy as np
 import torch
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_functions, dequantize_gguf_tensor
 
 from ..loader.kernels import cpu
-from ..loader.quant_types import QUANT_TYPES, QuantType
+from ..loader.quant_types import QUANT_TYPES, STORED_DTYPES, QuantType
 from .measure import seconds
 
 ROWS, COLUMNS = 8192, 3072
-SETTING_TEXT = f"a weight of {ROWS} × {COLUMNS} to float32; GB read and written in a second"
-RUNS = 3
+RUNS = 5
+SETTING_TEXT = f"a weight of {ROWS} × {COLUMNS} to a new float32 array; GB read and written in a second, medians"
 
 
 @torch.inference_mode()
-def measure(types: tuple[str, ...], runs: int = RUNS) -> list[dict]:
-    """One row a type: ``copy``, ``pack``, ``libgguf``, ``gguf-py`` and ``diffusers`` in GB/s, None where it cannot.
+def measure(types: tuple[str, ...]) -> list[dict]:
+    """One row a type: GB/s by way, for the ways that the type has.
 
-    ``pack`` is what a linear does: tile by tile, into memory that is reused. The others return a new array.
+    ``copy`` moves as many bytes within arrays that are there already: it shows the machine's memory bandwidth.
     """
     rows = []
     for type_name in types:
-        rows.append({"type": type_name, **_rates(QUANT_TYPES[type_name], runs)})
-        print("  ".join(f"{name} {value:.1f}" if name != "type" else f"{value:8}" for name, value in rows[-1].items()
-                        if value is not None), flush=True)
+        rates = _rates(QUANT_TYPES[type_name])
+        rows.append({"type": type_name, **rates})
+        print(f"{type_name:8}" + "".join(f"  {way} {rate:.1f}" for way, rate in rates.items()), flush=True)
     return rows
 
 
-def _rates(quant_type: QuantType, runs: int) -> dict[str, float | None]:
+def _rates(quant_type: QuantType) -> dict[str, float]:
     packed = _packed(quant_type)
     moved = packed.nbytes + 4 * ROWS * COLUMNS
-    source, target = torch.zeros(moved // 2, dtype=torch.uint8), torch.zeros(moved // 2, dtype=torch.uint8)
-    ways: dict[str, Callable[[], object]] = {"copy": lambda: target.copy_(source)}
-    ways["pack"] = lambda: cpu.dequantize_in_tiles(packed, quant_type)
+    source, target = torch.zeros(2, moved // 2, dtype=torch.uint8)
     number = gguf.GGMLQuantizationType(quant_type.id)
-    if quant_type.block_size > 1:
+    ways: dict[str, Callable[[], object]] = {
+        "copy": lambda: target.copy_(source),
+        "pack": lambda: cpu.dequantize(packed, quant_type, torch.float32),
+        "gguf-py": lambda: gguf.quants.dequantize(packed.numpy(), number),
+    }
+    if quant_type.name not in STORED_DTYPES:
         ways["libgguf"] = lambda: libgguf.dequantize_rows(packed.numpy(), quant_type.id)
-    ways["gguf-py"] = lambda: gguf.quants.dequantize(packed.numpy(), number)
     if number in dequantize_functions:
         parameter = GGUFParameter(packed, quant_type=number)
         ways["diffusers"] = lambda: dequantize_gguf_tensor(parameter)
-    return {name: moved / 1e9 / _median(way, runs) for name, way in ways.items()}
+    return {way: moved / 1e9 / _median_seconds(run) for way, run in ways.items()}
+
+
+def _median_seconds(run: Callable[[], object]) -> float:
+    run()
+    return statistics.median(seconds(run) for _ in range(RUNS))
+
+
+def _packed(quant_type: QuantType) -> torch.Tensor:
+    """``(ROWS, row_bytes) uint8`` of normally distributed weights; the same few rows again and again."""
+    rows = torch.randn(256, COLUMNS, generator=torch.Generator().manual_seed(0))
+    if stored := STORED_DTYPES.get(quant_type.name):
+        packed = rows.to(stored).view(torch.uint8)
+    else:
+        packed = torch.from_numpy(libgguf.quantize_rows(rows.numpy(), quant_type.id))
+    return packed.repeat(ROWS // len(packed), 1)

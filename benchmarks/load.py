@@ -19,6 +19,7 @@ from ..quantizer.writer import TensorSpec, write_gguf
 from .measure import anonymous_bytes, seconds
 
 SCALE = np.float16(0.001)
+SETTING_TEXT = "a full-size file, 4 + 32 layers, in the page cache"
 
 
 def full_size_file(type_name: str = "Q4_0") -> Path:

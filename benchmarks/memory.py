@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import comfy.cli_args
+import torch
+
 from ..devtools.server import ROOT
+from ..loader.model import load_model
+from ..tests.host.aura_files import make_gguf
+from ..tests.host.forward import CPU, forward
 from .load import full_size_file
+from .step import SETTING
+
+SETTING_TEXT = "the most that a process holds in a float32 step, over the file and what ComfyUI holds without it"
 
 SCRIPT = """
-import json, sys
+import sys
 sys.path[:0] = {folders!r}
 import dev
 dev.register_pack()
+from comfy.cli_args import args
+args.cpu = True
 from auraflow_gguf.benchmarks.memory import in_this_process
-print(json.dumps(in_this_process({path!r})))
+print(in_this_process({path!r}))
 """
 
 
@@ -28,8 +38,6 @@ def measure(types: tuple[str, ...]) -> list[dict]:
         ``type``, ``layers``, ``file_bytes``, and ``over_file_bytes``: what is resident at most, less what was
         resident before the file was opened, less the file. The pages of the file that are mapped count as resident.
     """
-    from ..tests.host.aura_files import make_gguf
-
     if sys.platform != "linux":
         return []
     files = [("Q4_0", [4, 32], full_size_file("Q4_0"))]
@@ -44,28 +52,20 @@ def measure(types: tuple[str, ...]) -> list[dict]:
 
 
 def _grown(path: Path) -> int:
-    comfyui = os.path.dirname(os.path.dirname(sys.modules["comfy"].__path__[0] + "/."))
-    script = SCRIPT.format(folders=[str(ROOT), comfyui], path=str(path))
-    return json.loads(subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE).stdout)
+    """What ``in_this_process`` says, in a new process."""
+    script = SCRIPT.format(folders=[str(ROOT), str(Path(comfy.__path__[0]).parent)], path=str(path))
+    return int(subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE).stdout.split()[-1])
 
 
 def in_this_process(path: str) -> int:
-    """Bytes by which this process grew at most, in a step from the file on the CPU; the host is imported before."""
-    from comfy.cli_args import args
-
-    args.cpu = True
-    import torch
-
-    from ..loader.model import load_model
-    from ..tests.host.forward import CPU, forward
-    from .step import SETTING
-
+    """Bytes by which this process, with the host imported, grows at most while it loads a file and makes a step."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
+    before = _status("VmRSS")
     with torch.inference_mode():
-        before = _status("VmRSS")
         model = load_model(Path(path), torch.float32)
         model.patch_model(CPU)
         forward(model, **SETTING)
-        return _status("VmHWM") - before
+    return _status("VmHWM") - before
 
 
 def _status(field: str) -> int:

@@ -1,6 +1,6 @@
 """``python dev.py bench``: measures everything on this machine and prints it.
 
-Writes ``benchmarks/results.json``, and the README's chart of it.
+All of it together goes into ``benchmarks/results.json`` and the README's chart, ``benchmarks/results.svg``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ import argparse
 import json
 import sys
 from pathlib import Path
+
+import torch
 
 from ..devtools.hosts import Host
 from ..devtools.server import device_arguments
@@ -21,66 +23,46 @@ PARTS = ("load", "memory", "dequantize", "step")
 
 
 def main(arguments: list[str], hosts: list[Host]) -> int:
-    parser = argparse.ArgumentParser(prog="python dev.py bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python dev.py bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs of runs for each ratio")
     parser.add_argument("--part", action="append", choices=PARTS, help="measure only this; may be repeated")
-    parser.add_argument("--type", action="append", choices=TYPES, help="measure only this type; may be repeated")
-    parser.add_argument(
-        "--output", type=Path, default=RESULTS, help="where the figures go, as JSON; the chart stands beside it"
-    )
+    parser.add_argument("--type", action="append", choices=TYPES, help="measure only this; may be repeated")
+    parser.add_argument("--output", type=Path, help="the JSON file; of all parts and types it is the README's")
     options = parser.parse_args(arguments)
     if not hosts:
         print("There is no ComfyUI here to measure in: set COMFYUI_PATH.", file=sys.stderr)
         return 1
     _enter(hosts[0])
-    types, parts = tuple(options.type or TYPES), options.part or PARTS
-    print(f"{machine()}, ComfyUI {hosts[0].version}")
+    output = options.output or (None if options.part or options.type else RESULTS)
     results = {"machine": machine(), "comfyui": hosts[0].version}
-    if "load" in parts:
-        results["load"] = _load()
-    if "memory" in parts:
-        results["memory"] = _memory(types)
-    if "dequantize" in parts:
-        results["dequantize"] = _dequantize(types)
-    if "step" in parts:
-        results["step"] = _step(types, options.pairs)
-    options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    print(f"\nWritten to {options.output}")
-    if {"dequantize", "step"} <= results.keys():
-        picture = options.output.with_suffix(".svg")
-        picture.write_text(chart.draw(results), encoding="utf-8")
-        print(f"Drawn to {picture}")
+    print(f"{machine()}, ComfyUI {hosts[0].version}")
+    for part in options.part or PARTS:
+        results[part] = _measure(part, tuple(options.type or TYPES), options.pairs)
+    if output:
+        output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        print(f"\nWritten to {output}")
+        if {"dequantize", "step"} <= results.keys():
+            output.with_suffix(".svg").write_text(chart.draw(results), encoding="utf-8")
+    if torch.cuda.is_available():
+        from . import gpu_dequantize
+
+        print("\nDequantizing on the GPU")
+        gpu_dequantize.main(["--output", str(output.with_name("gpu_dequantize.json"))] if output else [])
     return 0
 
 
-def _load() -> dict:
-    from . import load
+def _measure(part: str, types: tuple[str, ...], pairs: int) -> dict:
+    """One part's figures. Its module needs ComfyUI on the import path."""
+    from . import dequantize, load, memory, step
 
-    print("\nLoading a full-size file")
-    figures = load.measure()
-    print(json.dumps(figures, indent=2))
-    return figures
-
-
-def _memory(types: tuple[str, ...]) -> dict:
-    from . import memory
-
-    print(f"\nMemory: {memory.SETTING_TEXT}")
-    return {"setting": memory.SETTING_TEXT, "rows": memory.measure(types)}
-
-
-def _dequantize(types: tuple[str, ...]) -> dict:
-    from . import dequantize
-
-    print(f"\nDequantizing: {dequantize.SETTING_TEXT}")
-    return {"setting": dequantize.SETTING_TEXT, "rows": dequantize.measure(types)}
-
-
-def _step(types: tuple[str, ...], pairs: int) -> dict:
-    from . import step
-
-    print(f"\nA step beside the dense weights: {step.SETTING_TEXT}")
-    return {"setting": step.SETTING_TEXT, "rows": step.measure(pairs, types)}
+    module = {"load": load, "memory": memory, "dequantize": dequantize, "step": step}[part]
+    print(f"\n{part}: {module.SETTING_TEXT}")
+    if part == "load":
+        figures = load.measure()
+        print(json.dumps(figures, indent=2))
+        return figures
+    rows = step.measure(pairs, types) if part == "step" else module.measure(types)
+    return {"setting": module.SETTING_TEXT, "rows": rows}
 
 
 def _enter(host: Host) -> None:

@@ -101,6 +101,16 @@ def test_it_takes_tiles_for_all_threads_when_a_weight_is_small(threads):
     assert sorted(starts) == [(0, 15), (15, 30), (30, 43)]
 
 
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("name", QUANT_TYPES)
+def test_dequantizing_in_ragged_tiles(engine, threads, name):
+    packed = random_rows(name)
+    for dtype, bits in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
+        dense = cpu.dequantize(packed, QUANT_TYPES[name], dtype)
+        assert torch.equal(dense.view(bits), QUANT_TYPES[name].dequantize(packed, dtype).view(bits))
+    dense.mul_(2)  # a tensor like any other
+
+
 def test_both_engines_give_the_same_bits(monkeypatch):
     for quant_type in QUANT_TYPES.values():
         packed = random_rows(quant_type.name, 4)
