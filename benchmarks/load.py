@@ -16,6 +16,8 @@ from ..loader.model import load_model
 from ..quantizer.recipe import recipe_for
 from .measure import anonymous_bytes, seconds
 
+SETTING_TEXT = "a full-size file, 4 + 32 layers, in the page cache"
+
 
 def full_size_file(type_name: str = "Q4_0") -> Path:
     """AuraFlow v0.3's tensors, of random weights."""
