@@ -122,7 +122,9 @@ class _PackedWeightPatching:
     def _low_rank_patches(self, device: torch.device) -> dict[str, LowRank]:
         beside = {}
         for key, patches in self.patches.items():
-            if self._is_packed(key) and (factors := low_rank(patches, device, self.model.get_dtype_inference())):
+            if not self._is_packed(key) or not hasattr(self._module_of(key), "low_rank"):
+                continue
+            if factors := low_rank(patches, device, comfy.utils.get_attr(self.model, key).dtype):
                 beside[key] = factors
         return beside
 
@@ -165,6 +167,6 @@ class GGUFModelPatcherDynamic(_PackedWeightPatching, ModelPatcherDynamic):
 
 
 def for_packed_weights(patcher: ModelPatcher) -> GGUFModelPatcher | GGUFModelPatcherDynamic:
-    """ComfyUI's freshly made patcher as the one of the same kind that knows packed weights."""
-    patcher_class = GGUFModelPatcherDynamic if patcher.is_dynamic() else GGUFModelPatcher
-    return patcher_class(patcher.model, patcher.load_device, patcher.offload_device)
+    """ComfyUI's freshly made patcher as the one of the same kind that knows packed weights, all else unchanged."""
+    patcher.__class__ = GGUFModelPatcherDynamic if patcher.is_dynamic() else GGUFModelPatcher
+    return patcher
