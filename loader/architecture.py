@@ -378,12 +378,17 @@ class _Reading:
             what = f"{len(names)} tensors of an unknown model ({listed(names)})" if names else "no tensors"
             raise ModelFileError(self.path, found=what, expected=title, advice=self.architecture.advice)
 
-    def check_look_alike(self) -> None:
-        """Tell a model of the same names and other sizes from a damaged file. For when something is wrong."""
-        family = recognise_architecture(self.architecture.name)
+    def check_look_alike(self, *, throughout: bool) -> None:
+        """Tell a model with names of this one from a damaged file, when something is wrong with the tensors.
+
+        Args:
+            throughout: it is wrong with half of them, so that another model of the same family will be meant too.
+        """
         shapes = {tensor.name: self.shapes[tensor.name] for tensor in self.found.values()}
         recognised = recognise(shapes, {})
-        if recognised and recognised != family and recognised.what != self.architecture.title:
+        if not throughout and recognised == recognise_architecture(self.architecture.name):
+            return
+        if recognised and recognised.what != self.architecture.title:
             raise ModelFileError(
                 self.path, found=recognised.what, expected=self.architecture.title, advice=recognised.advice
             )
@@ -402,7 +407,7 @@ class _Reading:
                     advice="Layers were lost or removed: download the file again, or convert the model again.",
                 )
             if len(numbers) > counts[stack]:
-                self.check_look_alike()
+                self.check_look_alike(throughout=True)
                 raise ModelFileError(
                     self.path,
                     found=f"{len(numbers)} layers of {stack}",
@@ -413,15 +418,16 @@ class _Reading:
 
     def check_names(self, counts: Mapping[str, int]) -> None:
         title = self.architecture.title
-        wanted, missing = 0, []
+        wanted, missing, throughout = 0, [], False
         for row in self.architecture.rows:
             if row.required:
-                for layer in range(counts[row.stack]) if row.stack else [None]:
-                    wanted += 1
-                    if row.name(NATIVE, layer) not in self.found:
-                        missing.append(self.prefix + row.name(self.spelling, layer))
+                layers = range(counts[row.stack]) if row.stack else [None]
+                absent = [layer for layer in layers if row.name(NATIVE, layer) not in self.found]
+                wanted += len(layers)
+                missing += [self.prefix + row.name(self.spelling, layer) for layer in absent]
+                throughout |= len(layers) > 1 and 2 * len(absent) >= len(layers)
         if missing:
-            self.check_look_alike()
+            self.check_look_alike(throughout=throughout)
             instead = f", but with the unknown {listed(self.unknown)}" if self.unknown else ""
             have = f"{wanted - len(missing)} of the {wanted} tensors of {title}"
             raise TensorsError(
@@ -451,7 +457,7 @@ class _Reading:
                 wrong.append((tensor.name, shape, wanted))
             weights[native] = Source(tensor.name, shape, tensor.row.swap_halves and self.spelling != NATIVE)
         if wrong:
-            self.check_look_alike()
+            self.check_look_alike(throughout=2 * len(wrong) >= len(weights))
             name, shape, wanted = wrong[0]
             more = f", one of {len(wrong)} wrong shapes" if len(wrong) > 1 else ""
             raise TensorsError(

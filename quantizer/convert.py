@@ -260,6 +260,16 @@ def _imatrix_metadata(path: str | os.PathLike, matrix: ImportanceMatrix) -> dict
     }
 
 
+def part_in(source: str | os.PathLike) -> str:
+    """Which of the `PARTS` of ``source`` is converted when none is asked for.
+
+    Raises:
+        ModelFileError: ``source`` is no checkpoint.
+    """
+    architecture = part_of(open_checkpoint(source).shapes)
+    return next(name for name, part in PARTS.items() if part is architecture)
+
+
 def model_name(source: str | os.PathLike) -> str:
     """A model's name from its path: the file's, or the folder's above ``transformer`` or ``text_encoder``."""
     path = Path(os.path.abspath(source))

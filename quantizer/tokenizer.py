@@ -50,7 +50,12 @@ def read_tokenizer(path: str | os.PathLike, size: int) -> dict[str, object]:
         ModelFileError: it is no SentencePiece model, or not Pile-T5's.
         ModuleNotFoundError: sentencepiece is not installed; ComfyUI needs it too.
     """
-    import sentencepiece
+    try:
+        import sentencepiece
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"Reading {os.path.basename(path)} needs sentencepiece: pip install sentencepiece", name="sentencepiece"
+        ) from error
 
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=os.fspath(path))

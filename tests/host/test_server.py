@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 import pytest
 from auraflow_gguf.devtools import random_models
-from auraflow_gguf.devtools.server import PromptError, Server, Workflow, load_workflow, set_inputs
+from auraflow_gguf.devtools.server import PromptError, Server, Workflow, load_workflow, set_inputs, set_text_encoder
 from PIL import Image
 
 
@@ -18,7 +18,7 @@ def text_to_image(model_name: str) -> Workflow:
     """The workflow with the demo's text encoder and VAE."""
     workflow = load_workflow("text_to_image")
     set_inputs(workflow, "AuraFlowGGUFLoader", model_name=model_name)
-    set_inputs(workflow, "CLIPLoader", clip_name=random_models.cached_text_encoder().name)
+    set_text_encoder(workflow, random_models.cached_text_encoder())
     set_inputs(workflow, "VAELoader", vae_name=random_models.cached_vae().name)
     return workflow
 
