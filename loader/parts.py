@@ -8,7 +8,7 @@ from .architecture import Architecture, choose
 from .auraflow import AURAFLOW
 from .pile_t5 import PILE_T5_XL
 
-PARTS: Mapping[str, Architecture] = {"transformer": AURAFLOW, "text_encoder": PILE_T5_XL}
+PARTS: dict[str, Architecture] = {"transformer": AURAFLOW, "text_encoder": PILE_T5_XL}
 
 
 def part_of(shapes: Mapping[str, tuple[int, ...]], part: str | None = None) -> Architecture:

@@ -157,7 +157,7 @@ def convert_checkpoint(
     metadata = _metadata(checkpoint, found, recipe, name)
     if imatrix is not None:
         metadata |= _imatrix_metadata(imatrix, matrix)
-    if architecture is PILE_T5_XL:
+    if architecture.name == PILE_T5_XL.name:
         size = found.dimensions["vocabulary_size"]
         metadata |= read_tokenizer(tokenizer, size) if tokenizer else carried_tokenizer(checkpoint.metadata)
     write_gguf(target, metadata, tensors, packed, overwrite=overwrite)

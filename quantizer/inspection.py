@@ -17,13 +17,13 @@ from ..loader.pile_t5 import PILE_T5_XL
 
 # Of each model; the first pattern that fits a native name decides.
 GROUPS = {
-    AURAFLOW: {
+    AURAFLOW.name: {
         "attention": "*_layers.*.attn.*",
         "MLP": "*_layers.*.mlp*",
         "modulation": "*_layers.*.mod*",
         "embedders, output": "*",
     },
-    PILE_T5_XL: {
+    PILE_T5_XL.name: {
         "attention": "*.SelfAttention.*",
         "MLP": "*.DenseReluDense.*",
         "embedding": "shared.weight",
@@ -90,7 +90,7 @@ def describe(path: str | os.PathLike, *, fixed: Mapping[str, int] | None = None)
     """
     file, found = _open(path, fixed)
     infos = {name: file.tensors[source.name] for name, source in found.weights.items()}
-    groups = GROUPS[found.architecture]
+    groups = GROUPS[found.architecture.name]
     by_group: dict[str, list[TensorInfo]] = {group: [] for group in groups}
     for name, info in infos.items():
         by_group[next(group for group, pattern in groups.items() if fnmatchcase(name, pattern))].append(info)

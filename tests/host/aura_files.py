@@ -1,9 +1,12 @@
-"""AuraFlow GGUF files at ComfyUI's full width, and the dense twin of each: the same numbers, dequantized."""
+"""GGUF files of AuraFlow and its text encoder at ComfyUI's full width, and the dense twin of each: the same numbers,
+dequantized."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 
 import comfy.sd
 import gguf
@@ -13,7 +16,12 @@ from auraflow_gguf.devtools.cache import cache_folder, locked
 from auraflow_gguf.devtools.server import ROOT
 from auraflow_gguf.loader.auraflow import AURAFLOW
 from auraflow_gguf.loader.gguf_file import open_gguf
+from auraflow_gguf.loader.pile_t5 import PILE_T5_XL, STACK
 from auraflow_gguf.quantizer.convert import convert
+from comfy.text_encoders.aura_t5 import AuraT5Model, AuraT5Tokenizer
+
+TEXT_LAYERS = 2
+TEXT_SIZES = PILE_T5_XL.fixed | {STACK: TEXT_LAYERS}
 
 
 def make_gguf(type_name: str, *tensor_types: str) -> Path:
@@ -23,14 +31,38 @@ def make_gguf(type_name: str, *tensor_types: str) -> Path:
         type_name: what ``convert`` takes.
         tensor_types: its ``pattern=TYPE`` overrides.
     """
+
+    def make(path: Path) -> None:
+        random_models.make_auraflow(path, double_layers=1, single_layers=1, seed=0)
+
+    return _made("auraflow", make, type_name, tensor_types)
+
+
+def make_text_encoder_gguf(type_name: str, *tensor_types: str) -> Path:
+    """A text encoder of two layers, made likewise."""
+
+    def make(path: Path) -> None:
+        random_models.make_text_encoder(path, layers=TEXT_LAYERS)
+
+    return _made("pile-t5", make, type_name, tensor_types, fixed=TEXT_SIZES)
+
+
+def _made(
+    model: str,
+    make: Callable[[Path], None],
+    type_name: str,
+    tensor_types: tuple[str, ...],
+    fixed: Mapping[str, int] | None = None,
+) -> Path:
     folder = cache_folder() / "tests"
-    target = folder / f"{'-'.join((type_name, *tensor_types)).replace('*', '_')}.{_code_hash()}.gguf"
+    recipe = "-".join((type_name, *tensor_types)).replace("*", "_")
+    target = folder / f"{model}-{recipe}.{_code_hash()}.gguf"
     with locked(folder / "lock"):
-        checkpoint = folder / f"auraflow.v{random_models.VERSION}.safetensors"
+        checkpoint = folder / f"{model}.v{random_models.VERSION}.safetensors"
         if not checkpoint.exists():
-            random_models.make_auraflow(checkpoint, double_layers=1, single_layers=1, seed=0)
+            make(checkpoint)
         if not target.exists():
-            convert(checkpoint, target, type_name, tensor_types=tensor_types)
+            convert(checkpoint, target, type_name, tensor_types=tensor_types, fixed=fixed)
     return target
 
 
@@ -84,3 +116,13 @@ def dense_state_dict(path: Path) -> dict[str, torch.Tensor]:
 def load_dense(path: Path):
     """The dense twin of a file, loaded by ComfyUI alone."""
     return comfy.sd.load_diffusion_model_state_dict(dense_state_dict(path), model_options={"dtype": torch.float32})
+
+
+def dense_text_encoder(path: Path, layers: int = TEXT_LAYERS) -> comfy.sd.CLIP:
+    """The dense twin of a file in llama.cpp's spelling: ComfyUI's own class with ComfyUI's own operations, float32."""
+    weights = {PILE_T5_XL.spell(name, "native"): weight for name, weight in dense_state_dict(path).items()}
+    return comfy.sd.CLIP(
+        SimpleNamespace(params={}, clip=AuraT5Model, tokenizer=AuraT5Tokenizer),
+        state_dict=[weights],
+        model_options={"dtype": torch.float32, "pile_t5xl_model_config": {"num_layers": layers}},
+    )
