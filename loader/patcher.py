@@ -97,6 +97,10 @@ class _PackedWeightPatching:
         weights = {name: self._dense_weight(f"diffusion_model.{name}") for name in names}
         return self.model.state_dict_for_saving(weights, clip_state_dict, vae_state_dict, clip_vision_state_dict)
 
+    def dense_state_dict(self) -> dict[str, torch.Tensor]:
+        """Every weight by the model's own name, dense, in main memory, its patches applied."""
+        return {name: self._dense_weight(name) for name in self.model.state_dict()}
+
     def _dense_weight(self, key: str) -> torch.Tensor:
         if key in self.patches and key not in self.backup:  # what is in the backup has its patches applied
             weight = self.patch_weight_to_device(key, device_to=self.load_device, return_weight=True)

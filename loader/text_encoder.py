@@ -26,13 +26,28 @@ logger = logging.getLogger(__name__)
 COMPUTE_DTYPE = torch.float32
 
 
+class GGUFCLIP(comfy.sd.CLIP):
+    """A CLIP of packed weights: ComfyUI's, except that a saved one is dense and has its patches."""
+
+    def clone(self, *args, **kwargs) -> GGUFCLIP:
+        clone = super().clone(*args, **kwargs)
+        clone.__class__ = GGUFCLIP  # ComfyUI names its class itself
+        return clone
+
+    def get_sd(self) -> dict[str, torch.Tensor]:
+        return self.patcher.dense_state_dict() | self.tokenizer.state_dict()
+
+    def state_dict_for_saving(self) -> dict[str, torch.Tensor]:
+        return self.get_sd()
+
+
 def load_text_encoder(
     path: str | os.PathLike,
     embedding_directory: str | list[str] | None = None,
     disable_dynamic: bool = False,
     *,
     fixed: Mapping[str, int] | None = None,
-) -> comfy.sd.CLIP:
+) -> GGUFCLIP:
     """Load AuraFlow's text encoder, Pile-T5-XL.
 
     Args:
@@ -57,7 +72,7 @@ def load_text_encoder(
     )
     log_skipped(matched, file.path)
     weights = state_dict(file, matched, COMPUTE_DTYPE)
-    clip = comfy.sd.CLIP(
+    clip = GGUFCLIP(
         SimpleNamespace(params={}, clip=AuraT5Model, tokenizer=AuraT5Tokenizer),
         embedding_directory=embedding_directory,
         parameters=sum(weight.numel() for weight in weights.values()),

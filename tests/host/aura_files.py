@@ -121,6 +121,10 @@ def load_dense(path: Path):
 def dense_text_encoder(path: Path, layers: int = TEXT_LAYERS) -> comfy.sd.CLIP:
     """The dense twin of a file in llama.cpp's spelling: ComfyUI's own class with ComfyUI's own operations, float32."""
     weights = {PILE_T5_XL.spell(name, "native"): weight for name, weight in dense_state_dict(path).items()}
+    return clip_of(weights, layers)
+
+
+def clip_of(weights: dict[str, torch.Tensor], layers: int = TEXT_LAYERS) -> comfy.sd.CLIP:
     return comfy.sd.CLIP(
         SimpleNamespace(params={}, clip=AuraT5Model, tokenizer=AuraT5Tokenizer),
         state_dict=[weights],

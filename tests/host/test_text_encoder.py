@@ -2,6 +2,7 @@
 
 import comfy.lora
 import comfy.sd
+import folder_paths
 import gguf
 import numpy as np
 import pytest
@@ -13,8 +14,10 @@ from auraflow_gguf.loader.layout import is_packed
 from auraflow_gguf.loader.patcher import GGUFModelPatcher
 from auraflow_gguf.loader.pile_t5 import PILE_T5_XL
 from auraflow_gguf.loader.text_encoder import load_text_encoder
+from comfy_extras.nodes_model_merging import CLIPSave
+from safetensors.torch import load_file
 
-from .aura_files import TEXT_SIZES, dense_state_dict, dense_text_encoder, make_text_encoder_gguf
+from .aura_files import TEXT_SIZES, clip_of, dense_state_dict, dense_text_encoder, make_text_encoder_gguf
 from .forward import CPU, loaded
 from .sampling import relative_error
 
@@ -28,7 +31,7 @@ def load(path):
 
 def tokens_of(clip, length):
     """The tokens of a prompt of a length, the one that ends it included."""
-    tokens = clip.tokenize(" cat" * (length - 1), tokenizer_options={"pile_t5xl_min_length": 0})
+    tokens = clip.tokenize(" ".join(["cat"] * (length - 1)), tokenizer_options={"pile_t5xl_min_length": 0})
     assert [len(batch) for batch in tokens["pile_t5xl"]] == [length]
     return tokens
 
@@ -172,6 +175,19 @@ def test_every_patch_has_the_effect_that_it_has_on_the_dense_twin(kind):
             with loaded(clone.patcher, mode):
                 assert relative_error(encode(clone, 20), expected) < 1e-5, (module, mode)
     assert torch.equal(clip.encode_from_tokens(tokens), base)
+
+
+def test_a_saved_encoder_is_dense_and_has_its_patches(tmp_path, monkeypatch):
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
+    clip = load(make_text_encoder_gguf("Q4_K"))
+    for kind, modules in PATCHED.items():
+        clip = patched(clip, kind, 0.8, modules)
+    tokens = tokens_of(clip, 20)
+    expected = clip.encode_from_tokens(tokens)
+    CLIPSave().save(clip, "encoder")
+    (saved,) = tmp_path.glob("*_pile_t5xl_*.safetensors")
+    assert relative_error(clip_of(load_file(saved)).encode_from_tokens(tokens), expected) < 1e-5
+    assert torch.equal(clip.encode_from_tokens(tokens), expected)
 
 
 def test_the_patcher_can_be_made_anew():
