@@ -88,6 +88,19 @@ def test_a_bad_file_is_refused_in_a_sentence(
     assert server.prompt(quick(text_to_image(random_models.cached_auraflow().name), seed=len(name)))
 
 
+def test_a_transformer_in_place_of_the_text_encoder_is_refused_in_a_sentence(server: Server) -> None:
+    name = "aura.gguf"
+    (server.base / "models" / "text_encoders" / name).symlink_to(random_models.cached_auraflow())
+    workflow = quick(text_to_image(random_models.cached_auraflow().name), seed=1)
+    set_text_encoder(workflow, Path(name))
+    with pytest.raises(PromptError) as refusal:
+        server.prompt(workflow)
+    assert str(refusal.value) == (
+        f"AuraFlowGGUFTextEncoderLoader: {name}: found an AuraFlow transformer, expected the Pile-T5-XL text encoder. "
+        "Move it to models/diffusion_models and load it with 'Load AuraFlow (GGUF)'."
+    )
+
+
 def test_a_file_that_is_not_there_is_refused_in_a_sentence(server: Server) -> None:
     with pytest.raises(PromptError, match=r"AuraFlowGGUFLoader: .*model_name.*absent\.gguf"):
         server.prompt(quick(text_to_image("absent.gguf"), seed=1))
