@@ -2,6 +2,7 @@
 
 import json
 
+import gguf
 import pytest
 import torch
 from auraflow_gguf.devtools.random_models import native_shapes, random_weight
@@ -134,6 +135,11 @@ def test_the_metadata_are_llama_cpps(source, tokenizer):
     assert tokens[-1] == "[PAD319]"
     assert list(metadata["tokenizer.ggml.token_type"])[:4] == [2, 3, 3, 6]
     assert metadata["tokenizer.ggml.padding_token_id"] == 1
+    fields = gguf.GGUFReader(source.parent / "Q4_K_M.gguf").fields
+    types = gguf.GGUFValueType
+    assert fields["tokenizer.ggml.token_type"].types == [types.ARRAY, types.INT32]
+    assert fields["tokenizer.ggml.scores"].types == [types.ARRAY, types.FLOAT32]
+    assert fields["t5encoder.attention.layer_norm_rms_epsilon"].types == [types.FLOAT32]
     again = source.parent / "again.gguf"
     convert(source.parent / "Q4_K_M.gguf", again, "Q4_K_M", fixed=SIZES)
     carried = open_gguf(again).metadata
