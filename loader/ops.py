@@ -18,6 +18,7 @@ class _FromFile:
     def _own_nothing(self, dtype: torch.dtype | None) -> None:
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
+        self.low_rank: LowRank | None = None
         # What ComfyUI's dynamic VRAM casts a dense parameter to.
         self.weight_comfy_model_dtype = dtype
         self.bias_comfy_model_dtype = dtype
@@ -59,7 +60,6 @@ class GGUFOps(manual_cast):
             torch.nn.Module.__init__(self)
             self.in_features = in_features
             self.out_features = out_features
-            self.low_rank: LowRank | None = None
             self._own_nothing(dtype)
 
         def forward_comfy_cast_weights(self, input):
@@ -76,3 +76,7 @@ class GGUFOps(manual_cast):
             self.padding_idx = self.max_norm = None
             self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
             self._own_nothing(dtype)
+
+        def forward_comfy_cast_weights(self, input, out_dtype=None):
+            output = super().forward_comfy_cast_weights(input, out_dtype)
+            return output if self.low_rank is None else self.low_rank.add_rows_to(output, input)

@@ -126,9 +126,8 @@ class _PackedWeightPatching:
     def _low_rank_patches(self, device: torch.device) -> dict[str, LowRank]:
         beside = {}
         for key, patches in self.patches.items():
-            if not self._is_packed(key) or not hasattr(self._module_of(key), "low_rank"):
-                continue
-            if factors := low_rank(patches, device, comfy.utils.get_attr(self.model, key).dtype):
+            dtype = comfy.utils.get_attr(self.model, key).dtype
+            if self._is_packed(key) and (factors := low_rank(patches, device, dtype)):
                 beside[key] = factors
         return beside
 
