@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from auraflow_gguf.devtools.random_models import native_shapes
 from auraflow_gguf.loader.architecture import NATIVE, annotations, match
 from auraflow_gguf.loader.auraflow import AURAFLOW
 from auraflow_gguf.loader.errors import ModelFileError
@@ -11,7 +12,9 @@ from gguf import MODEL_ARCH, get_tensor_name_map
 from transformers import UMT5Config, UMT5EncoderModel
 
 from .test_auraflow import auraflow
-from .test_recognise import CLIP_G, CLIP_L, FLUX, VAE, t5_hugging_face, t5_llama_cpp
+from .test_recognise import CLIP_G, CLIP_L, FLUX, VAE
+
+LLAMA_CPP = "llama.cpp"
 
 
 def hugging_face(layers=24):
@@ -33,6 +36,15 @@ def shapes():
 def llama_cpp(shapes):
     names = get_tensor_name_map(MODEL_ARCH.T5ENCODER, 24)
     return {names.get_name(name, (".weight",)): shape for name, shape in shapes.items() if "embed_tokens" not in name}
+
+
+def t5(spelling, layers=24, width=4096, mlp=10240, heads=64, vocabulary=32128, bias_in_every_layer=True):
+    """All tensors of an encoder of T5's kind: in UMT5 each layer has a relative position bias, in T5 only the first."""
+    sizes = {"embedding_length": width, "feed_forward_length": mlp, "head_count": heads, "vocabulary_size": vocabulary}
+    shapes = native_shapes(PILE_T5_XL, sizes | {STACK: layers})
+    if not bias_in_every_layer:
+        shapes = {n: s for n, s in shapes.items() if "relative_attention_bias" not in n or n.startswith(f"{STACK}.0.")}
+    return {name if spelling == NATIVE else PILE_T5_XL.written_name(name): shape for name, shape in shapes.items()}
 
 
 def read(shapes, metadata=None, fixed=None):
@@ -127,12 +139,14 @@ FOR_OTHERS = (
 @pytest.mark.parametrize(
     ("shapes", "found", "advice"),
     [
-        (t5_llama_cpp(24, 4096, 10240, 32128, False), "a T5-XXL text encoder", FOR_OTHERS),
-        (t5_hugging_face(24, 4096, 10240, 32128, False), "a T5-XXL text encoder", FOR_OTHERS),
-        (t5_llama_cpp(24, 4096, 10240, 256384, True), "a UMT5-XXL text encoder", FOR_OTHERS),
-        (t5_hugging_face(24, 4096, 10240, 256384, True), "a UMT5-XXL text encoder", FOR_OTHERS),
-        (t5_llama_cpp(24, 2048, 5120, 32128, False), "a T5 text encoder", FOR_OTHERS),
-        (t5_llama_cpp(12, 768, 2048, 256384, True), "a T5 text encoder", FOR_OTHERS),
+        (t5(LLAMA_CPP, bias_in_every_layer=False), "a T5-XXL text encoder", FOR_OTHERS),
+        (t5(NATIVE, bias_in_every_layer=False), "a T5-XXL text encoder", FOR_OTHERS),
+        (t5(LLAMA_CPP, vocabulary=256384), "a UMT5-XXL text encoder", FOR_OTHERS),
+        (t5(NATIVE, vocabulary=256384), "a UMT5-XXL text encoder", FOR_OTHERS),
+        (t5(LLAMA_CPP, 24, 2048, 5120, 32, bias_in_every_layer=False), "a T5 text encoder", FOR_OTHERS),
+        (t5(NATIVE, 24, 1024, 2816, 16), "a T5 text encoder", FOR_OTHERS),
+        (t5(LLAMA_CPP, 12, 768, 2048, 12, 256384), "a T5 text encoder", FOR_OTHERS),
+        (t5(NATIVE, 26, 1024, 2816, 16), "a T5 text encoder", FOR_OTHERS),
         (CLIP_L, "a CLIP-L text encoder", FOR_OTHERS),
         (CLIP_G, "a CLIP-G text encoder", FOR_OTHERS),
         (
