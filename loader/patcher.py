@@ -16,7 +16,7 @@ import comfy.lora
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic
+from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic, wipe_lowvram_weight
 
 from .layout import is_packed
 from .low_rank import LowRank, low_rank
@@ -71,6 +71,10 @@ class _PackedWeightPatching:
         if unpatch_weights:
             self._remove_functions(WeightPatches)
             self._remove_low_rank()
+            # ComfyUI forgets these after a full load with forced casts, which text encoders have, and its next load in
+            # low VRAM then takes such modules for loaded ones and leaves their patches out.
+            for module in self.model.modules():
+                wipe_lowvram_weight(module)
 
     def patch_hooks(self, hooks):
         super().patch_hooks(hooks)

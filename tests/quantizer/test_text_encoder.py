@@ -133,7 +133,8 @@ def test_the_metadata_are_llama_cpps(source, tokenizer):
     assert len(tokens) == len(metadata["tokenizer.ggml.scores"]) == 320
     assert tokens[:4] == ["<unk>", "<s>", "</s>", "<0x00>"]
     assert tokens[-1] == "[PAD319]"
-    assert list(metadata["tokenizer.ggml.token_type"])[:4] == [2, 3, 3, 6]
+    kinds = list(metadata["tokenizer.ggml.token_type"])
+    assert (len(kinds), kinds[:4], kinds[-1]) == (320, [2, 3, 3, 6], 5)
     assert metadata["tokenizer.ggml.padding_token_id"] == 1
     fields = gguf.GGUFReader(source.parent / "Q4_K_M.gguf").fields
     types = gguf.GGUFValueType
