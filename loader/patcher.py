@@ -74,7 +74,8 @@ class _PackedWeightPatching:
             # ComfyUI forgets these after a full load with forced casts, which text encoders have, and its next load in
             # low VRAM then takes such modules for loaded ones and leaves their patches out.
             for module in self.model.modules():
-                wipe_lowvram_weight(module)
+                if hasattr(module, "prev_comfy_cast_weights"):
+                    wipe_lowvram_weight(module)
 
     def patch_hooks(self, hooks):
         super().patch_hooks(hooks)
