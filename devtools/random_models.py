@@ -14,8 +14,9 @@ from typing import Literal
 import numpy as np
 import torch
 
-from ..loader.architecture import Size
+from ..loader.architecture import NATIVE, Architecture, Size
 from ..loader.auraflow import AURAFLOW
+from ..loader.pile_t5 import PILE_T5_XL, STACK
 from ..loader.quant_types.base import QuantType
 from ..quantizer.convert import CHUNK, convert, quantize
 from ..quantizer.recipe import Recipe
@@ -45,8 +46,14 @@ def cached_auraflow() -> Path:
 
 
 def cached_text_encoder() -> Path:
-    """A Pile-T5-XL text encoder, made if it is lacking."""
-    return _cached("text_encoders", "random-pile-t5-xl.safetensors", make_text_encoder)
+    """A Pile-T5-XL text encoder as a Q8_0 GGUF file, made if it is lacking."""
+
+    def make(target: Path) -> None:
+        source = target.with_suffix(".safetensors")
+        make_text_encoder(source)
+        convert(source, target, "Q8_0")
+
+    return _cached("text_encoders", "random-pile-t5-xl-Q8_0.gguf", make)
 
 
 def cached_vae() -> Path:
@@ -138,19 +145,23 @@ def make_packed_auraflow(
 
 def auraflow_shapes(double_layers: int, single_layers: int, positional: int = 4096) -> Shapes:
     """Shapes of AuraFlow's required tensors by native name, at ComfyUI's width."""
-    sizes = {**AURAFLOW.fixed, "positional_encoding_length": positional}
-    layers = {"double_layers": double_layers, "single_layers": single_layers}
+    sizes = {"positional_encoding_length": positional, "double_layers": double_layers, "single_layers": single_layers}
+    return native_shapes(AURAFLOW, AURAFLOW.fixed | sizes)
+
+
+def native_shapes(architecture: Architecture, sizes: Mapping[str, int]) -> Shapes:
+    """Shapes of a model's required tensors by native name, given all dimensions and the numbers of layers by stack."""
     return {
-        row.name("native", layer): tuple(s.times * sizes[s.dimension] if isinstance(s, Size) else s for s in row.shape)
-        for row in AURAFLOW.rows
+        row.name(NATIVE, layer): tuple(s.times * sizes[s.dimension] if isinstance(s, Size) else s for s in row.shape)
+        for row in architecture.rows
         if row.required
-        for layer in (range(layers[row.stack]) if row.stack else [None])
+        for layer in (range(sizes[row.stack]) if row.stack else [None])
     }
 
 
-def make_text_encoder(path: Path, seed: int = 0) -> None:
+def make_text_encoder(path: Path, seed: int = 0, layers: int = 24) -> None:
     """Writes a Pile-T5-XL encoder (2.4 GB, float16) with the names of the published files."""
-    shapes = text_encoder_shapes()
+    shapes = native_shapes(PILE_T5_XL, PILE_T5_XL.fixed | {STACK: layers})
     write_safetensors(path, shapes, lambda name, shape: random_weight(name, shape, seed), torch.float16)
 
 
@@ -192,24 +203,6 @@ def write_safetensors(
         file.write(len(head).to_bytes(8, "little") + head)
         for name, shape in shapes.items():
             values(name, shape).to(dtype).flatten().view(torch.uint8).numpy().tofile(file)
-
-
-def text_encoder_shapes() -> Shapes:
-    """Shapes of Pile-T5-XL's encoder; ComfyUI's ``comfy/text_encoders/t5_pile_config_xl.json``."""
-    hidden, mlp, heads, buckets = 2048, 5120, 32, 32
-    shapes: Shapes = {"shared.weight": (32128, hidden)}
-    for index in range(24):
-        attention, feed_forward = (f"encoder.block.{index}.layer.{part}" for part in (0, 1))
-        for projection in "qkvo":
-            shapes[f"{attention}.SelfAttention.{projection}.weight"] = (hidden, hidden)
-        shapes[f"{attention}.SelfAttention.relative_attention_bias.weight"] = (buckets, heads)
-        shapes[f"{attention}.layer_norm.weight"] = (hidden,)
-        shapes[f"{feed_forward}.DenseReluDense.wi_0.weight"] = (mlp, hidden)
-        shapes[f"{feed_forward}.DenseReluDense.wi_1.weight"] = (mlp, hidden)
-        shapes[f"{feed_forward}.DenseReluDense.wo.weight"] = (hidden, mlp)
-        shapes[f"{feed_forward}.layer_norm.weight"] = (hidden,)
-    shapes["encoder.final_layer_norm.weight"] = (hidden,)
-    return shapes
 
 
 def vae_shapes() -> Shapes:

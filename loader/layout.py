@@ -68,6 +68,18 @@ def _linear(_, args, kwargs) -> torch.Tensor:
     return _multiply(*args, **kwargs)
 
 
+@register_layout_op(torch.ops.aten.embedding.default, GGUFLayout)
+def _embedding(_, args, kwargs) -> torch.Tensor:
+    return _look_up(*args, **kwargs)
+
+
+def _look_up(weight: QuantizedTensor, indices: torch.Tensor, *options) -> torch.Tensor:
+    """The rows at ``indices`` ``(…)``, dequantized, ``(…, columns)``; the options are about gradients alone."""
+    params = weight._params
+    rows = torch.nn.functional.embedding(indices, weight._qdata)
+    return QUANT_TYPES[params.quant_type].dequantize(rows, params.orig_dtype)
+
+
 def _multiply(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return packed_linear(input, weight._qdata, QUANT_TYPES[weight._params.quant_type], bias)
 

@@ -1,4 +1,4 @@
-"""LoRAs beside a packed weight: ``y = W x + Σ s · up (down x)``, without touching W.
+"""LoRAs beside a packed weight: ``y = W x + Σ s · up (down x)``, without touching W; likewise rows of an embedding.
 
 Merging a LoRA into a packed weight means to dequantize the weight and to form ``up @ down``, in every step. Beside
 it, all LoRAs of one linear are one pair of thin products: their factors are joined along the rank.
@@ -14,7 +14,7 @@ MAX_LOHA_RANK = 256
 
 
 class LowRank:
-    """The joined factors of all LoRAs of one linear.
+    """The joined factors of all LoRAs of one linear or embedding.
 
     Attributes:
         down: ``(rank, in_features)``.
@@ -35,6 +35,10 @@ class LowRank:
         rows = output.view(-1, output.shape[-1])
         rows.addmm_(hidden.view(-1, hidden.shape[-1]), self.up.to(input.device).t())
         return output
+
+    def add_rows_to(self, output: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """``output + (up down)[indices]``, for an embedding; ``output`` is ``(…, in_features)``."""
+        return output + (torch.nn.functional.embedding(indices, self.up) @ self.down).to(output.dtype)
 
 
 def low_rank(

@@ -143,7 +143,7 @@ class ModulationTable:
         self, model: MMDiT, setting: Hashable, timesteps: list[float], dtype: torch.dtype, device: torch.device
     ) -> None:
         vectors = model.t_embedder(torch.tensor(timesteps, dtype=torch.float32, device=device), dtype)
-        modules = list(modulations(model).values())
+        modules: list[Modulation] = [model.get_submodule(place) for place in _places(model)]
         rows = vectors.new_empty(len(timesteps), modules[-1].stop)
         for module in modules:
             rows[:, module.start : module.stop] = module(vectors)
@@ -159,7 +159,7 @@ def install(patcher: ModelPatcher) -> ModulationTable:
     The modulation linears then belong to no device: see ``ops.GGUFOps.Linear.stays_mapped``.
     """
     model: MMDiT = patcher.model.diffusion_model
-    table = ModulationTable()
+    table = patcher.model.modulation_table = ModulationTable()
     start = 0
     for place in _places(model):
         owner, _, name = place.rpartition(".")
@@ -167,6 +167,7 @@ def install(patcher: ModelPatcher) -> ModulationTable:
         setattr(model.get_submodule(owner), name, module)
         start = module.stop
     model.t_embedder = CachedTimestepEmbedder(model.t_embedder, table)
+    patcher.size = 0  # to be counted anew
     patcher.add_wrapper_with_key(WrappersMP.APPLY_MODEL, WRAPPER_KEY, _with_cached_modulation)
     return table
 
@@ -178,23 +179,20 @@ def without_cache(patcher: ModelPatcher) -> ModelPatcher:
     return clone
 
 
-def table_of(model: AuraFlow) -> ModulationTable | None:
+def table_of(model: torch.nn.Module) -> ModulationTable | None:
     """The modulation cache of a model, if it has one."""
-    return getattr(model.diffusion_model.t_embedder, "table", None)
+    return getattr(model, "modulation_table", None)
 
 
-def modulations(model: MMDiT) -> dict[str, Modulation]:
-    """The modulation of every block and of the output by its name, in the order of a row's numbers; none uncached."""
-    modules = {place: model.get_submodule(place) for place in _places(model)}
-    return {place: module for place, module in modules.items() if isinstance(module, Modulation)}
+def mapped_linears(model: torch.nn.Module) -> dict[str, torch.nn.Linear]:
+    """The modulation linears that stay off the device, by their name in the model; none where there is no cache."""
+    if table_of(model) is None:
+        return {}
+    inner: MMDiT = model.diffusion_model
+    return {f"{_MODEL}{place}.1": inner.get_submodule(place).linear for place in _places(inner)}
 
 
-def mapped_linears(model: AuraFlow) -> dict[str, torch.nn.Linear]:
-    """The modulation linears that stay off the device, by their name in the model."""
-    return {f"{_MODEL}{place}.1": module.linear for place, module in modulations(model.diffusion_model).items()}
-
-
-def mapped_bytes(model: AuraFlow) -> int:
+def mapped_bytes(model: torch.nn.Module) -> int:
     """Bytes of the weights that stay off the device."""
     return sum(module_size(linear) for linear in mapped_linears(model).values())
 

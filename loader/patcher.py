@@ -18,7 +18,7 @@ import comfy.lora
 import comfy.model_management
 import comfy.utils
 import torch
-from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic, move_weight_functions
+from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic, move_weight_functions, wipe_lowvram_weight
 
 from .layout import is_packed
 from .low_rank import LowRank, low_rank
@@ -88,6 +88,11 @@ class _PackedWeightPatching:
         if unpatch_weights:
             self._remove_functions(WeightPatches)
             self._remove_low_rank()
+            # ComfyUI forgets these after a full load with forced casts, which text encoders have, and its next load in
+            # low VRAM then takes such modules for loaded ones and leaves their patches out.
+            for module in self.model.modules():
+                if hasattr(module, "prev_comfy_cast_weights"):
+                    wipe_lowvram_weight(module)
 
     def detach(self, unpatch_all=True):
         if unpatch_all and (table := table_of(self.model)):
@@ -126,6 +131,10 @@ class _PackedWeightPatching:
         names = self.model.diffusion_model.state_dict()
         weights = {name: self._dense_weight(f"diffusion_model.{name}") for name in names}
         return self.model.state_dict_for_saving(weights, clip_state_dict, vae_state_dict, clip_vision_state_dict)
+
+    def dense_state_dict(self) -> dict[str, torch.Tensor]:
+        """Every weight by the model's own name, dense, in main memory, its patches applied."""
+        return {name: self._dense_weight(name) for name in self.model.state_dict()}
 
     def _dense_weight(self, key: str) -> torch.Tensor:
         if key in self.patches and key not in self.backup:  # what is in the backup has its patches applied
@@ -199,8 +208,8 @@ class _PackedWeightPatching:
         return beside
 
     def _low_rank(self, key: str, patches: list[tuple], device: torch.device) -> LowRank | None:
-        shape = comfy.utils.get_attr(self.model, key).shape
-        return low_rank(key, patches, shape, device, self.model.get_dtype_inference())
+        weight = comfy.utils.get_attr(self.model, key)
+        return low_rank(key, patches, weight.shape, device, weight.dtype)
 
     def _module_of(self, key: str) -> torch.nn.Module:
         return comfy.utils.get_attr(self.model, key.rpartition(".")[0])
@@ -257,7 +266,7 @@ class GGUFModelPatcherDynamic(_PackedWeightPatching, ModelPatcherDynamic):
 
 
 def for_packed_weights(patcher: ModelPatcher) -> GGUFModelPatcher | GGUFModelPatcherDynamic:
-    """ComfyUI's freshly made patcher as the one of the same kind that knows packed weights."""
+    """ComfyUI's freshly made patcher as the one of the same kind that knows packed weights, all else unchanged."""
     patcher.model.low_rank_without_hooks = {}
-    patcher_class = GGUFModelPatcherDynamic if patcher.is_dynamic() else GGUFModelPatcher
-    return patcher_class(patcher.model, patcher.load_device, patcher.offload_device)
+    patcher.__class__ = GGUFModelPatcherDynamic if patcher.is_dynamic() else GGUFModelPatcher
+    return patcher

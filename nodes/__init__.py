@@ -10,6 +10,7 @@ from .importance import AuraFlowGGUFImportance
 from .lora_loader import AuraFlowLoraLoader
 from .model_loader import AuraFlowGGUFLoader
 from .save import AuraFlowGGUFSave
+from .text_encoder_loader import AuraFlowGGUFTextEncoderLoader
 
 
 class AuraFlowGGUFExtension(ComfyExtension):
@@ -19,6 +20,7 @@ class AuraFlowGGUFExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             AuraFlowGGUFLoader,
+            AuraFlowGGUFTextEncoderLoader,
             AuraFlowLoraLoader,
             AuraFlowGGUFConvert,
             AuraFlowGGUFSave,

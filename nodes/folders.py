@@ -9,9 +9,10 @@ import re
 import folder_paths
 
 MODEL_FOLDER = "unet_gguf"
+TEXT_ENCODER_FOLDER = "clip_gguf"
 
 # The keys that GGUF packs agree on, over ComfyUI's own folders.
-_GGUF_FOLDERS = {MODEL_FOLDER: "diffusion_models"}
+_GGUF_FOLDERS = {MODEL_FOLDER: "diffusion_models", TEXT_ENCODER_FOLDER: "text_encoders"}
 
 
 def register_gguf_folders() -> None:

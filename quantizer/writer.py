@@ -27,7 +27,7 @@ from ..loader.quant_types.base import QuantType
 ALIGNMENT = 32
 
 # GGUF's metadata value types (enum gguf_metadata_value_type)
-_UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64 = 4, 6, 7, 8, 9, 10
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64 = 4, 5, 6, 7, 8, 9, 10
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def write_gguf(
 
     Args:
         target: the file to make.
-        metadata: str, bool, int (0 ≤ n < 2**64), float (stored as float32) or a sequence of one of these.
+        metadata: str, bool, int (0 ≤ n < 2**64), float (stored as float32) or a sequence of one of these; integers
+            in sequences are 0 ≤ n < 2**31.
         tensors: the tensor table, in the file's order.
         data: called once a tensor, in order; yields its packed bytes, in pieces of any size.
         overwrite: replace a ``target`` that exists.
@@ -167,6 +168,7 @@ def _value(value: object) -> bytes:
     if isinstance(value, Sequence) and not isinstance(value, str):
         items = [_scalar(item) for item in value]
         kind = items[0][0] if items else _STRING
+        kind = _INT32 if kind == _UINT32 else kind  # as gguf-py and llama.cpp have arrays
         return struct.pack("<IIQ", _ARRAY, kind, len(items)) + b"".join(encoded for _, encoded in items)
     kind, encoded = _scalar(value)
     return struct.pack("<I", kind) + encoded

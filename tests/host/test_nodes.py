@@ -9,6 +9,7 @@ import pytest
 import torch
 import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
 from auraflow_gguf import comfy_entrypoint
+from auraflow_gguf.loader.errors import ModelFileError
 from auraflow_gguf.nodes.folders import register_gguf_folders
 
 from .aura_files import make_gguf
@@ -50,6 +51,26 @@ def test_files_of_all_folders_are_listed_and_those_of_other_packs_kept(pack_node
     assert NAME in names
     assert "other.safetensors" not in names
     assert str(models.parent / "of another pack") in folder_paths.get_folder_paths("unet_gguf")
+
+
+def test_text_encoders_are_listed_from_both_folders_and_loaded_anew_when_replaced(pack_nodes, tmp_path, monkeypatch):
+    known = folder_paths.folder_names_and_paths
+    folders = [tmp_path / name for name in ("text_encoders", "clip")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / f"{folder.name}.gguf").touch()
+        (folder / f"{folder.name}.safetensors").touch()
+    monkeypatch.setitem(known, "text_encoders", ([str(folder) for folder in folders], {".safetensors"}))
+    monkeypatch.setitem(known, "clip_gguf", ([], set()))
+    register_gguf_folders()
+    folder_paths.filename_list_cache.clear()
+    node = pack_nodes["AuraFlowGGUFTextEncoderLoader"]
+    assert node.define_schema().inputs[0].options == ["clip.gguf", "text_encoders.gguf"]
+    before = node.fingerprint_inputs("clip.gguf")
+    os.utime(folders[1] / "clip.gguf", ns=(1, 1))
+    assert node.fingerprint_inputs("clip.gguf") != before
+    with pytest.raises(ModelFileError, match=r"clip\.gguf: found an empty file"):
+        node.execute("clip.gguf")
 
 
 def test_a_replaced_file_is_loaded_anew(pack_nodes, models):

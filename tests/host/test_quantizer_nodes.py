@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from dataclasses import replace
 
 import comfy.model_management
 import folder_paths
@@ -11,6 +12,7 @@ import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes
 from auraflow_gguf.loader.errors import ModelFileError
 from auraflow_gguf.loader.gguf_file import open_gguf
 from auraflow_gguf.loader.model import load_model
+from auraflow_gguf.loader.parts import PARTS
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.nodes import AuraFlowGGUFExtension
 from auraflow_gguf.nodes.convert import AuraFlowGGUFConvert
@@ -18,9 +20,17 @@ from auraflow_gguf.nodes.importance import AuraFlowGGUFImportance
 from auraflow_gguf.nodes.save import AuraFlowGGUFSave, ModelCheckpoint
 from auraflow_gguf.quantizer.convert import quantize
 from auraflow_gguf.quantizer.imatrix import read_imatrix
+from comfy.text_encoders.aura_t5 import AuraT5Tokenizer
 from safetensors.torch import load_file
 
-from .aura_files import load_dense, make_checkpoint, make_gguf
+from .aura_files import (
+    TEXT_SIZES,
+    load_dense,
+    make_checkpoint,
+    make_gguf,
+    make_text_encoder_checkpoint,
+    make_text_encoder_gguf,
+)
 from .sampling import QUICK, relative_error, sample
 from .test_patcher import LINEARS, lora, patched
 
@@ -122,6 +132,24 @@ def test_a_checkpoint_is_converted(models):
         assert torch.equal(made[name][1], torch.from_numpy(expected.reshape(-1)))
     with pytest.raises(ModelFileError, match="found a file of that name"):
         AuraFlowGGUFConvert.execute(source, "Q8_0", output_name="auraflow-Q4_0.gguf")
+
+
+def test_a_text_encoder_is_converted_into_its_folder_with_comfyuis_tokenizer(tmp_path, monkeypatch):
+    expected = packed_bytes(make_text_encoder_gguf("Q8_0"))
+    (tmp_path / "t5.safetensors").symlink_to(make_text_encoder_checkpoint())
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "text_encoders", ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setitem(PARTS, "text_encoder", replace(PARTS["text_encoder"], fixed=TEXT_SIZES))
+    folder_paths.filename_list_cache.clear()
+    assert "text_encoders/t5.safetensors" in AuraFlowGGUFConvert.define_schema().inputs[0].options
+    target = AuraFlowGGUFConvert.execute("text_encoders/t5.safetensors", "Q8_0").args[0]
+    assert target == str(tmp_path / "t5-Q8_0.gguf")
+    made = packed_bytes(target)
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name][1], expected[name][1]) for name in expected)
+    tokens = open_gguf(target).metadata["tokenizer.ggml.tokens"]
+    pieces = AuraT5Tokenizer().clip_pile_t5xl.tokenizer.get_vocab()
+    assert len(tokens) == 32128
+    assert {token: index for index, token in enumerate(tokens) if index < len(pieces)} == pieces
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".."])

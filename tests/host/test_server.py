@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from auraflow_gguf.devtools import random_models
-from auraflow_gguf.devtools.server import PromptError, Server, Workflow, load_workflow, set_inputs
+from auraflow_gguf.devtools.server import PromptError, Server, Workflow, load_workflow, set_inputs, set_text_encoder
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -20,7 +20,7 @@ def text_to_image(model_name: str) -> Workflow:
     """The workflow with the demo's text encoder and VAE."""
     workflow = load_workflow("text_to_image")
     set_inputs(workflow, "AuraFlowGGUFLoader", model_name=model_name)
-    set_inputs(workflow, "CLIPLoader", clip_name=random_models.cached_text_encoder().name)
+    set_text_encoder(workflow, random_models.cached_text_encoder())
     set_inputs(workflow, "VAELoader", vae_name=random_models.cached_vae().name)
     return workflow
 
@@ -121,6 +121,19 @@ def test_a_bad_file_is_refused_in_a_sentence(
         server.prompt(quick(text_to_image(name), seed=1))
     assert found in str(refusal.value)
     assert server.prompt(quick(text_to_image(random_models.cached_auraflow().name), seed=len(name)))
+
+
+def test_a_transformer_in_place_of_the_text_encoder_is_refused_in_a_sentence(server: Server) -> None:
+    name = "aura.gguf"
+    (server.base / "models" / "text_encoders" / name).symlink_to(random_models.cached_auraflow())
+    workflow = quick(text_to_image(random_models.cached_auraflow().name), seed=1)
+    set_text_encoder(workflow, Path(name))
+    with pytest.raises(PromptError) as refusal:
+        server.prompt(workflow)
+    assert str(refusal.value) == (
+        f"AuraFlowGGUFTextEncoderLoader: {name}: found an AuraFlow transformer, expected the Pile-T5-XL text encoder. "
+        "Move it to models/diffusion_models and load it with 'Load AuraFlow (GGUF)'."
+    )
 
 
 def test_a_file_that_is_not_there_is_refused_in_a_sentence(server: Server) -> None:
