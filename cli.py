@@ -97,6 +97,12 @@ def _parser() -> argparse.ArgumentParser:
     sensitivity.add_argument("--json", action="store_true", help="for programs")
     _add_inputs(sensitivity)
     sensitivity.set_defaults(command=_sensitivity)
+
+    migrate = commands.add_parser("migrate", help="take a workflow over from another pack's GGUF loaders")
+    migrate.add_argument("workflow", metavar="WORKFLOW", help="a .json file of the editor, or in API format")
+    migrate.add_argument("--output", metavar="FILE", help="the file to make; else WORKFLOW with -auraflow in its name")
+    migrate.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
+    migrate.set_defaults(command=_migrate)
     return parser
 
 
@@ -135,29 +141,17 @@ def _convert(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
 
 def _inspect(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from .quantizer.inspection import describe
+    from .quantizer.inspection import describe, report
 
     description = describe(options.file)
     if options.json:
-        report = dataclasses.asdict(description)
-        for group, entry in zip(description.groups, report["groups"], strict=True):
+        entries = dataclasses.asdict(description) | {"memory": description.memory}
+        for group, entry in zip(description.groups, entries["groups"], strict=True):
             entry["bits_per_weight"] = round(group.bits_per_weight, 4)
-        print(json.dumps(report, indent=2))
+        print(json.dumps(entries, indent=2))
         return OK
 
-    print(f"{description.path}: {description.model}, {description.spelling} names", end="")
-    print(f" after {description.prefix!r}" if description.prefix else "")
-    for key, value in (description.dimensions | description.metadata).items():
-        print(f"  {key}: {value}")
-    if not description.annotated:
-        print("  not annotated: made by an older or another converter")
-    if description.skipped:
-        print(f"  {description.skipped} tensors of other parts")
-    print(f"{'':20}{'weights':>16}{'GB':>8}{'bits':>7}  types")
-    for group in description.groups:
-        types = ", ".join(f"{name} × {count}" for name, count in group.types.items())
-        print(f"{group.name:20}{group.weights:16,}{group.nbytes / 1e9:8.2f}{group.bits_per_weight:7.2f}  {types}")
-    print(f"VRAM: {description.total.nbytes / 1e9:.2f} GB for the weights, fully loaded, and what running takes.")
+    print(report(description))
     return OK
 
 
@@ -216,6 +210,20 @@ def _sensitivity(options: argparse.Namespace, parser: argparse.ArgumentParser) -
     for row in rows:
         cells = (f"{row.errors[name]:.5f} ({row.nbytes[name] / 1e6:.1f})" for name in types)
         print(f"| {row.group} | {row.weights / 1e6:.1f} | {' | '.join(cells)} |")
+    return OK
+
+
+def _migrate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .migration import REPLACEMENTS, migrate_file
+
+    source = Path(options.workflow)
+    target = Path(options.output) if options.output else source.with_stem(f"{source.stem}-auraflow")
+    changes = migrate_file(source, target, overwrite=options.overwrite)
+    if not changes:
+        print(f"{source}: none of {', '.join(REPLACEMENTS)} is in it; nothing was written.")
+        return OK
+    print(*changes, sep="\n")
+    print(f"{target}: written.")
     return OK
 
 

@@ -30,6 +30,7 @@ usage: python dev.py COMMAND [arguments]
   demo    make an image from a GGUF file in a real ComfyUI; --help lists its options
   test    run the tests, all tiers; --tier NAME picks some, arguments after -- go to pytest
   bench   measure speed and memory beside dense weights, for the README; --help lists its options
+  assets  write the templates, translations and pictures that follow from the nodes
   fuzz    feed damaged GGUF files to the reader; --help lists its options
 
 COMFYUI_PATH names the ComfyUI to use, AURAFLOW_GGUF_EXTRA_HOSTS further ones to test in,
@@ -49,6 +50,10 @@ def fuzz(arguments: list[str], hosts: list[Host]) -> int:
     return subprocess.call([sys.executable, "-m", "tests.fuzz.run", *arguments], cwd=ROOT)
 
 
+def assets(arguments: list[str], hosts: list[Host]) -> int:
+    return importlib.import_module("auraflow_gguf.devtools.assets").main(arguments, hosts)
+
+
 def bench(arguments: list[str], hosts: list[Host]) -> int:
     return importlib.import_module("auraflow_gguf.benchmarks.run").main(arguments, hosts)
 
@@ -57,6 +62,7 @@ COMMANDS: dict[str, Callable[[list[str], list[Host]], int]] = {
     "demo": demo,
     "test": test,
     "bench": bench,
+    "assets": assets,
     "fuzz": fuzz,
 }
 

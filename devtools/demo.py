@@ -50,6 +50,7 @@ def _in_comfyui(host: Host, options: argparse.Namespace, output: Path) -> int:
     set_inputs(workflow, "AuraFlowGGUFLoader", model_name=model.name)
     set_text_encoder(workflow, text_encoder)
     set_inputs(workflow, "VAELoader", vae_name=vae.name)
+    set_inputs(workflow, "EmptyLatentImage", width=512, height=512)
     set_inputs(workflow, "KSampler", steps=options.steps)
     if options.prompt:
         workflow["positive"]["inputs"]["text"] = options.prompt

@@ -5,22 +5,24 @@ from __future__ import annotations
 import functools
 import json
 import math
+import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+import gguf
 import numpy as np
 import torch
 
-from ..loader.architecture import NATIVE, Architecture, Size
+from ..loader.architecture import NATIVE, Architecture, Match, Size, annotations, match
 from ..loader.auraflow import AURAFLOW
 from ..loader.pile_t5 import PILE_T5_XL, STACK
 from ..loader.quant_types.base import QuantType
 from ..quantizer.convert import CHUNK, convert, quantize
-from ..quantizer.recipe import Recipe
-from ..quantizer.writer import TensorSpec, write_gguf
+from ..quantizer.recipe import Recipe, recipe_for
+from ..quantizer.writer import ALIGNMENT, TensorSpec, write_gguf
 from .cache import cache_folder, locked
 
 VERSION = 1
@@ -38,11 +40,18 @@ def cached_auraflow() -> Path:
     """AuraFlow of one double and one single layer at full width as a Q4_K_M GGUF file, made if it is lacking."""
 
     def make(target: Path) -> None:
-        source = target.with_suffix(".safetensors")
-        make_auraflow(source, double_layers=1, single_layers=1, seed=0)
-        convert(source, target, "Q4_K_M")
+        convert(cached_checkpoint(), target, "Q4_K_M")
 
     return _cached("diffusion_models", "random-auraflow-1-1-Q4_K_M.gguf", make)
+
+
+def cached_checkpoint() -> Path:
+    """The same AuraFlow in bfloat16 as a safetensors file, made if it is lacking."""
+
+    def make(target: Path) -> None:
+        make_auraflow(target, double_layers=1, single_layers=1, seed=0)
+
+    return _cached("diffusion_models", "random-auraflow-1-1.safetensors", make)
 
 
 def cached_text_encoder() -> Path:
@@ -257,3 +266,37 @@ def vae_shapes() -> Shapes:
     norm("decoder.norm_out", width)
     convolution("decoder.conv_out", width, 3)
     return shapes
+
+
+def full_size(recipe_name: str) -> tuple[Match, list[TensorSpec]]:
+    """AuraFlow v0.3 (4 double and 32 single layers) as a recipe would write it: what it is, and its tensors."""
+    shapes = auraflow_shapes(double_layers=4, single_layers=32, positional=9216)
+    recipe = recipe_for(recipe_name, imatrix=True)
+    tensors = [TensorSpec(name, shape, recipe.type_of(name, shape, torch.bfloat16)) for name, shape in shapes.items()]
+    return match(AURAFLOW, shapes, metadata={}, path="AuraFlow v0.3"), tensors
+
+
+def write_hollow(path: Path, recipe_name: str) -> Path:
+    """Write a GGUF file of AuraFlow v0.3's size with a true header and zeros for weights, in a hole of the file system:
+    it takes no room on most disks, and can be inspected, not run."""
+    found, tensors = full_size(recipe_name)
+    metadata = annotations(found)
+    writer = gguf.GGUFWriter(path, str(metadata.pop("general.architecture")))
+    writer.add_name("AuraFlow v0.3")
+    writer.add_file_type(recipe_for(recipe_name, imatrix=True).file_type)
+    for key, value in metadata.items():
+        add = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}[type(value)]
+        add(key, value)
+    end = 0
+    for tensor in tensors:
+        kind = gguf.GGMLQuantizationType(tensor.type.id)
+        shape = (*tensor.shape[:-1], tensor.type.row_bytes(tensor.shape[-1]))
+        writer.add_tensor_info(tensor.name, shape, np.dtype(np.uint8), tensor.nbytes, raw_dtype=kind)
+        end += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    writer.close()
+    header = -(-path.stat().st_size // ALIGNMENT) * ALIGNMENT
+    os.truncate(path, header + end)
+    return path

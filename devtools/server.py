@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +84,26 @@ class Server:
             put into its ``models/<kind>`` at any time.
         models: further model folders by kind, e.g. ``{"diffusion_models": folder}``.
         output: where images go, instead of ``base / "output"``.
+        arguments: further ones for ``main.py``.
 
     Attributes:
         url: e.g. ``"http://127.0.0.1:40123"``.
         log: the file with all that the server prints.
     """
 
-    def __init__(self, host: Host, base: Path, models: Mapping[str, Path], output: Path | None = None):
+    def __init__(
+        self,
+        host: Host,
+        base: Path,
+        models: Mapping[str, Path],
+        output: Path | None = None,
+        arguments: Sequence[str] = (),
+    ):
         self.host = host
         self.base = base
         self.models = models
         self.output = output or base / "output"
+        self.arguments = arguments
         self.log = base / "server.log"
         self.url = f"http://127.0.0.1:{_free_port()}"
 
@@ -104,7 +113,7 @@ class Server:
             self.base / "custom_nodes" / "auraflow-gguf",
             ignore=shutil.ignore_patterns(*NOT_IN_THE_PACK),
         )
-        for kind in ("diffusion_models", "text_encoders", "vae"):
+        for kind in ("diffusion_models", "text_encoders", "vae", "loras"):
             (self.base / "models" / kind).mkdir(parents=True)
         paths = self.base / "extra_model_paths.yaml"
         # JSON is YAML, and quotes a Windows path
@@ -113,6 +122,7 @@ class Server:
         command += ["--port", self.url.rsplit(":", 1)[1], "--disable-auto-launch", "--disable-api-nodes"]
         command += ["--base-directory", str(self.base), "--output-directory", str(self.output)]
         command += ["--extra-model-paths-config", str(paths), "--database-url", "sqlite:///:memory:"]
+        command += self.arguments
         with open(self.log, "wb") as log:
             self._process = subprocess.Popen(
                 command,

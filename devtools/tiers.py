@@ -17,11 +17,12 @@ from xml.etree import ElementTree as ET
 
 import torch
 
+from . import browser
 from .cache import cache_folder
 from .hosts import Host
 
 ROOT = Path(__file__).resolve().parent.parent
-SERVER_TESTS = "tests/host/test_server.py"
+SERVER_TESTS = ("tests/host/test_server.py", "tests/host/test_workflows.py")
 
 
 @dataclass(frozen=True)
@@ -76,21 +77,34 @@ class Runner:
 
     def unit(self) -> Iterator[Result | LeftOut]:
         yield self._pytest(
-            "unit", ["tests", "--ignore=tests/host", "--ignore=tests/interop"], f"gguf {version('gguf')}"
+            "unit",
+            ["tests", "--ignore=tests/host", "--ignore=tests/interop", "--ignore=tests/browser"],
+            f"gguf {version('gguf')}",
         )
 
     def interop(self) -> Iterator[Result | LeftOut]:
         yield self._pytest("interop", ["tests/interop"], f"diffusers {version('diffusers')}, gguf {version('gguf')}")
 
     def host(self) -> Iterator[Result | LeftOut]:
-        yield from self._in_every_host("host", ["tests/host", f"--ignore={SERVER_TESTS}"])
+        yield from self._in_every_host("host", ["tests/host", *(f"--ignore={path}" for path in SERVER_TESTS)])
 
     def server(self) -> Iterator[Result | LeftOut]:
-        yield from self._in_every_host("server", [SERVER_TESTS])
+        yield from self._in_every_host("server", list(SERVER_TESTS))
 
-    def _in_every_host(self, tier: str, paths: list[str]) -> Iterator[Result | LeftOut]:
+    def browser(self) -> Iterator[Result | LeftOut]:
+        try:
+            chromium = browser.installed_chromium()
+            for host in self.hosts:
+                browser.frontend_arguments(host)
+        except browser.BrowserError as error:
+            yield LeftOut("browser", str(error))
+            return
+        yield from self._in_every_host("browser", ["tests/browser"], f" with {chromium}")
+
+    def _in_every_host(self, tier: str, paths: list[str], also: str = "") -> Iterator[Result | LeftOut]:
         for host in self.hosts:
-            yield self._pytest(tier, paths, f"ComfyUI {host.version} in {host.path}", {"COMFYUI_PATH": str(host.path)})
+            ran_on = f"ComfyUI {host.version} in {host.path}{also}"
+            yield self._pytest(tier, paths, ran_on, {"COMFYUI_PATH": str(host.path)})
         if not self.hosts:
             yield LeftOut(tier, "no ComfyUI was found and none could be cloned; COMFYUI_PATH names one")
 
@@ -113,6 +127,7 @@ TIERS: dict[str, Callable[[Runner], Iterator[Result | LeftOut]]] = {
     "interop": Runner.interop,
     "host": Runner.host,
     "server": Runner.server,
+    "browser": Runner.browser,
 }
 
 

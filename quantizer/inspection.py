@@ -64,7 +64,7 @@ class Description:
         annotated: whether the file's metadata describe the architecture.
         metadata: those of `REPORTED_METADATA` that it has.
         skipped: number of tensors that are no part of the model.
-        groups: the weights by purpose, and last all of them. Fully loaded, the weights take as many bytes of VRAM.
+        groups: the weights by purpose, and last all of them.
     """
 
     path: str
@@ -80,6 +80,13 @@ class Description:
     @property
     def total(self) -> Group:
         return self.groups[-1]
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes that the weights take on the GPU, fully loaded: with the modulation cache, which leaves the
+        modulation's weights where they are, and without it."""
+        modulation = next(group.nbytes for group in self.groups if group.name == "modulation")
+        return {"with_cache": self.total.nbytes - modulation, "without_cache": self.total.nbytes}
 
 
 def describe(path: str | os.PathLike, *, fixed: Mapping[str, int] | None = None) -> Description:
@@ -106,6 +113,28 @@ def describe(path: str | os.PathLike, *, fixed: Mapping[str, int] | None = None)
         skipped=len(found.skipped),
         groups=tuple(_group(name, members) for name, members in by_group.items()),
     )
+
+
+def report(description: Description) -> str:
+    """A description as lines of text: what the file is, its metadata, and a table of its groups."""
+    prefix = f" after {description.prefix!r}" if description.prefix else ""
+    lines = [f"{description.path}: {description.model}, {description.spelling} names{prefix}"]
+    lines += [f"  {key}: {value}" for key, value in (description.dimensions | description.metadata).items()]
+    if not description.annotated:
+        lines.append("  not annotated: made by an older or another converter")
+    if description.skipped:
+        lines.append(f"  {description.skipped} tensors of other parts")
+    lines.append(f"{'':20}{'weights':>16}{'GB':>8}{'bits':>7}  types")
+    for group in description.groups:
+        types = ", ".join(f"{name} × {count}" for name, count in group.types.items())
+        sizes = f"{group.weights:16,}{group.nbytes / 1e9:8.2f}{group.bits_per_weight:7.2f}"
+        lines.append(f"{group.name:20}{sizes}  {types}")
+    memory = description.memory
+    lines.append(
+        f"VRAM: {memory['with_cache'] / 1e9:.2f} GB for the weights with the modulation cache, "
+        f"{memory['without_cache'] / 1e9:.2f} GB without, and what sampling takes."
+    )
+    return "\n".join(lines)
 
 
 def _group(name: str, infos: list[TensorInfo]) -> Group:

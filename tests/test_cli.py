@@ -41,7 +41,7 @@ def test_convert_inspect_verify(source, capsys):
     shown = capsys.readouterr().out
     assert "an AuraFlow transformer, native names\n" in shown
     assert "Q8_0 × 8, F16 × 4" in shown
-    assert "0.01 GB for the weights" in shown
+    assert "VRAM: 0.00 GB for the weights with the modulation cache, 0.01 GB without" in shown
     assert cli.main(["inspect", "--json", "a.gguf"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["metadata"]["general.name"] == "aura"

@@ -51,15 +51,6 @@ def make_text_encoder_gguf(type_name: str, *tensor_types: str) -> Path:
     return _made(f"{_recipe_name('pile-t5', type_name, *tensor_types)}.{_code_hash()}.gguf", make)
 
 
-def make_checkpoint() -> Path:
-    """A checkpoint of the same AuraFlow in bfloat16, made once."""
-
-    def make(target: Path) -> None:
-        random_models.make_auraflow(target, double_layers=1, single_layers=1, seed=0)
-
-    return _made(f"auraflow.v{random_models.VERSION}.safetensors", make)
-
-
 def make_text_encoder_checkpoint() -> Path:
     """A checkpoint of the same text encoder in float16, made once."""
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from auraflow_gguf.devtools import random_models
+from auraflow_gguf.devtools import quick
 from auraflow_gguf.devtools.cache import cache_folder
 from auraflow_gguf.devtools.hosts import Host, find_hosts
 from auraflow_gguf.devtools.server import ROOT, Server, device_arguments
@@ -47,10 +47,6 @@ def _inference_mode() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def server(host: Host, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A running server with the pack in it and the random models of the demo."""
-    models = {
-        "diffusion_models": random_models.cached_auraflow().parent,
-        "text_encoders": random_models.cached_text_encoder().parent,
-        "vae": random_models.cached_vae().parent,
-    }
-    with Server(host, tmp_path_factory.mktemp("comfyui"), models) as running:
+    with Server(host, tmp_path_factory.mktemp("comfyui"), quick.server_models()) as running:
+        quick.add_files(running)
         yield running

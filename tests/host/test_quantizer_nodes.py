@@ -9,6 +9,7 @@ import folder_paths
 import pytest
 import torch
 import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
+from auraflow_gguf.devtools import random_models
 from auraflow_gguf.loader.errors import ModelFileError
 from auraflow_gguf.loader.gguf_file import open_gguf
 from auraflow_gguf.loader.model import load_model
@@ -26,7 +27,6 @@ from safetensors.torch import load_file
 from .aura_files import (
     TEXT_SIZES,
     load_dense,
-    make_checkpoint,
     make_gguf,
     make_text_encoder_checkpoint,
     make_text_encoder_gguf,
@@ -59,7 +59,7 @@ def models(tmp_path, monkeypatch):
     """The only folder of models/diffusion_models, with a checkpoint in it."""
     folder = tmp_path / "diffusion_models"
     folder.mkdir()
-    (folder / CHECKPOINT).symlink_to(make_checkpoint())
+    (folder / CHECKPOINT).symlink_to(random_models.cached_checkpoint())
     for key, extensions in (("diffusion_models", {".safetensors"}), ("unet_gguf", {".gguf"})):
         monkeypatch.setitem(folder_paths.folder_names_and_paths, key, ([str(folder)], extensions))
     folder_paths.filename_list_cache.clear()

@@ -61,6 +61,7 @@ def _write(writer: gguf.GGUFWriter) -> None:
 def test_text_to_image(server: Server) -> None:
     steps = []
     workflow = text_to_image(random_models.cached_auraflow().name)
+    set_inputs(workflow, "EmptyLatentImage", width=512, height=512)
     set_inputs(workflow, "KSampler", steps=2)
     (path,) = server.prompt(workflow, lambda node, step, steps_in_all: steps.append((node, step, steps_in_all)))
     assert steps == [("KSampler", 1, 2), ("KSampler", 2, 2)]

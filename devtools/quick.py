@@ -1,0 +1,71 @@
+"""Makes the pack's workflows small, and gives them files that are there, so that tests can run them on a CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from . import random_models
+from .server import Server, Workflow, set_text_encoder
+
+LORA = "my-style.safetensors"
+
+_VALUES = {
+    "EmptyLatentImage": {"width": 128, "height": 128},
+    "ImageScaleToTotalPixels": {"megapixels": 0.02},
+    "KSampler": {"steps": 2, "sampler_name": "euler"},
+    "AuraFlowGGUFImportance": {"steps": 1, "sampler_name": "euler"},
+    # what the file has already, so that all but the LoRA's weight is copied
+    "AuraFlowGGUFSave": {"type": "Q4_K_M"},
+    "AuraFlowLoraLoader": {"lora_name": LORA},
+}
+
+
+def small(workflow: Workflow) -> Workflow:
+    """The workflow in a size for tests, with the models that `server_models` and `add_files` put in place."""
+    model = random_models.cached_auraflow().name
+    checkpoint = random_models.cached_checkpoint().name
+    values = {
+        **_VALUES,
+        "UNETLoader": {"unet_name": checkpoint},
+        "AuraFlowGGUFConvert": {"source": f"diffusion_models/{checkpoint}", "type": "Q8_0"},
+        "AuraFlowGGUFLoader": {"model_name": model},
+        "AuraFlowGGUFInspect": {"model_name": model},
+        "VAELoader": {"vae_name": random_models.cached_vae().name},
+    }
+    for node in workflow.values():
+        node["inputs"].update(values.get(node["class_type"], {}))
+    if "clip" in workflow:
+        set_text_encoder(workflow, random_models.cached_text_encoder())
+    return workflow
+
+
+def server_models() -> dict[str, Path]:
+    """The folders of the random models, by kind."""
+    return {
+        "diffusion_models": random_models.cached_auraflow().parent,  # the checkpoint's too
+        "text_encoders": random_models.cached_text_encoder().parent,
+        "vae": random_models.cached_vae().parent,
+    }
+
+
+def add_files(server: Server) -> None:
+    """Put a LoRA and a picture where the server finds them."""
+    generator = torch.Generator().manual_seed(0)
+    name, (out, into) = "diffusion_model.single_layers.0.attn.w1q", (3072, 3072)
+    factors = {
+        f"{name}.lora_up.weight": torch.randn(out, 4, generator=generator) * 0.05,
+        f"{name}.lora_down.weight": torch.randn(4, into, generator=generator) * 0.05,
+    }
+    save_file(factors, server.base / "models" / "loras" / LORA)
+    (server.base / "input").mkdir(exist_ok=True)
+    example_picture().resize((128, 128)).save(server.base / "input" / "example.png")
+
+
+def example_picture() -> Image.Image:
+    """A picture to begin image-to-image with."""
+    sky = Image.linear_gradient("L").resize((512, 512))
+    return Image.merge("RGB", (sky.point(lambda v: 255 - v // 2), sky.point(lambda v: 180 - v // 3), sky))

@@ -1,0 +1,374 @@
+"""The workflows that the pack shows: each as a prompt in API format, which the tests run, and as a graph for ComfyUI's
+template browser. ``python dev.py templates`` writes both, so change them here."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from .server import ROOT, Workflow
+
+Column = tuple[str, ...]
+ObjectInfo = dict[str, dict[str, Any]]
+"""The answer of ``/object_info``: a node's class → its description."""
+
+EXAMPLES = ROOT / "example_workflows"
+WORKFLOWS = ROOT / "tests" / "workflows"
+
+MODEL = "auraflow-v0.3-Q4_K_M.gguf"
+PROMPT = "a lighthouse on a cliff at dawn, oil painting"
+
+
+def node(class_type: str, **inputs: Any) -> dict[str, Any]:
+    """A node of a prompt; a link to the first output of node x is ``["x", 0]``."""
+    return {"class_type": class_type, "inputs": inputs}
+
+
+def text_encoder() -> dict[str, Any]:
+    """The node that loads Pile-T5-XL in every workflow."""
+    return node("AuraFlowGGUFTextEncoderLoader", text_encoder_name="pile-t5-xl-Q4_K_M.gguf")
+
+
+def _loader() -> dict[str, Any]:
+    return node("AuraFlowGGUFLoader", model_name=MODEL, compute_dtype="auto")
+
+
+def _lora() -> dict[str, Any]:
+    return node("AuraFlowLoraLoader", model=["loader", 0], lora_name="my-style.safetensors", strength=1.0)
+
+
+def _texts(prompt: str) -> Workflow:
+    return {
+        "clip": text_encoder(),
+        "positive": node("CLIPTextEncode", clip=["clip", 0], text=prompt),
+        "negative": node("CLIPTextEncode", clip=["clip", 0], text=""),
+    }
+
+
+def _sampling(latent: str, **others: Any) -> dict[str, Any]:
+    """The inputs that KSampler and Collect Importance for GGUF have in common."""
+    return {
+        "model": ["sampling", 0],
+        "seed": 0,
+        "steps": 25,
+        "cfg": 3.5,
+        "sampler_name": "uni_pc",
+        "scheduler": "simple",
+        "positive": ["positive", 0],
+        "negative": ["negative", 0],
+        "latent_image": [latent, 0],
+        **others,
+    }
+
+
+def _shift(model: str) -> dict[str, Any]:
+    return node("ModelSamplingAuraFlow", model=[model, 0], shift=1.73)
+
+
+def _vae() -> dict[str, Any]:
+    return node("VAELoader", vae_name="sdxl_vae.safetensors")
+
+
+def _picture(latent: str) -> Workflow:
+    return {
+        "decode": node("VAEDecode", samples=[latent, 0], vae=["vae", 0]),
+        "save": node("SaveImage", images=["decode", 0], filename_prefix="AuraFlow"),
+    }
+
+
+def _empty() -> dict[str, Any]:
+    return node("EmptyLatentImage", width=1024, height=1024, batch_size=1)
+
+
+def _text_to_image(*, lora: bool) -> Workflow:
+    return {
+        "loader": _loader(),
+        **({"lora": _lora()} if lora else {}),
+        "sampling": _shift("lora" if lora else "loader"),
+        **_texts(PROMPT),
+        "latent": _empty(),
+        "sampler": node("KSampler", **_sampling("latent", denoise=1.0)),
+        "vae": _vae(),
+        **_picture("sampler"),
+    }
+
+
+_FILES = (
+    "### Files\n"
+    "- transformer, `.gguf`: `models/diffusion_models`\n"
+    "- Pile-T5-XL: `models/text_encoders`\n"
+    "- SDXL's VAE: `models/vae`\n\n"
+    "Press **R** after you have added files."
+)
+
+
+@dataclass(frozen=True)
+class Template:
+    """A workflow of the pack.
+
+    Attributes:
+        case: its folder in tests/workflows.
+        title: its name in the template browser, and its file's.
+        workflow: the prompt.
+        note: Markdown for the note in the graph.
+        columns: where the nodes stand, from left to right and from top to bottom; ``"note"`` is the note.
+    """
+
+    case: str
+    title: str
+    workflow: Workflow
+    note: str
+    columns: tuple[Column, ...]
+
+
+TEMPLATES = (
+    Template(
+        "text_to_image",
+        "AuraFlow text to image",
+        _text_to_image(lora=False),
+        f"{_FILES}\n\nAuraFlow likes CFG 3 to 5, 20 to 50 steps and about a megapixel.",
+        (
+            ("loader", "clip", "vae", "note"),
+            ("sampling", "positive", "negative", "latent"),
+            ("sampler", "decode"),
+            ("save",),
+        ),
+    ),
+    Template(
+        "text_to_image_lora",
+        "AuraFlow text to image with LoRA",
+        _text_to_image(lora=True),
+        f"{_FILES}\n- LoRA: `models/loras`\n\nThe LoRA's node says how many of its modules were found. Chain several "
+        "to stack them.",
+        (
+            ("loader", "clip", "vae", "note"),
+            ("lora", "positive", "negative", "latent"),
+            ("sampling", "sampler", "decode"),
+            ("save",),
+        ),
+    ),
+    Template(
+        "image_to_image",
+        "AuraFlow image to image",
+        {
+            "loader": _loader(),
+            "sampling": _shift("loader"),
+            **_texts("the same place in deep winter, snow, oil painting"),
+            "image": node("LoadImage", image="example.png"),
+            "scale": node(
+                "ImageScaleToTotalPixels",
+                image=["image", 0],
+                upscale_method="lanczos",
+                megapixels=1.0,
+                resolution_steps=16,
+            ),
+            "vae": _vae(),
+            "encode": node("VAEEncode", pixels=["scale", 0], vae=["vae", 0]),
+            "sampler": node("KSampler", **_sampling("encode", denoise=0.6)),
+            **_picture("sampler"),
+        },
+        f"{_FILES}\n\n`denoise` says how far the picture may go from the first one: 0.3 keeps most, 0.8 little.",
+        (
+            ("loader", "clip", "vae", "note"),
+            ("sampling", "positive", "negative"),
+            ("image", "scale", "encode"),
+            ("sampler", "decode"),
+            ("save",),
+        ),
+    ),
+    Template(
+        "convert_and_save",
+        "AuraFlow convert and save",
+        {
+            "convert": node(
+                "AuraFlowGGUFConvert",
+                source="diffusion_models/auraflow-v0.3.safetensors",
+                type="Q4_K_M",
+                output_name="",
+                overwrite=False,
+                imatrix="none",
+                tensor_types="",
+            ),
+            "loader": _loader(),
+            "lora": _lora(),
+            "save": node(
+                "AuraFlowGGUFSave",
+                model=["lora", 0],
+                type="Q4_K_M",
+                filename_prefix="diffusion_models/AuraFlow",
+                imatrix="none",
+                tensor_types="",
+            ),
+            "inspect": node("AuraFlowGGUFInspect", model_name=MODEL, check_numbers=False),
+        },
+        "### Three ways to work with files\n"
+        "- **Convert** makes a GGUF file from a checkpoint on disk.\n"
+        "- **Load, LoRA, Save** bakes a LoRA into a new file.\n"
+        "- **Inspect** shows what a file is.\n\n"
+        "Each works without the others: select the ones that you do not need and bypass them with Ctrl+B.",
+        (("convert", "note"), ("loader", "lora", "save"), ("inspect",)),
+    ),
+    Template(
+        "importance_matrix",
+        "AuraFlow importance matrix",
+        {
+            "loader": node("UNETLoader", unet_name="auraflow-v0.3.safetensors", weight_dtype="default"),
+            "sampling": _shift("loader"),
+            **_texts(PROMPT),
+            "latent": _empty(),
+            "importance": node(
+                "AuraFlowGGUFImportance", **_sampling("latent", filename_prefix="AuraFlow", continue_from="none")
+            ),
+            "vae": _vae(),
+            **_picture("importance"),
+        },
+        "### An importance matrix\n"
+        "Queue this with some tens of prompts like those that the file is for. After the first, press **R** and choose "
+        "the newest file in `continue_from`. Then choose it as `imatrix` when you convert.\n\n"
+        "Use the unquantized model here: `models/diffusion_models`.",
+        (
+            ("loader", "clip", "vae", "note"),
+            ("sampling", "positive", "negative", "latent"),
+            ("importance", "decode"),
+            ("save",),
+        ),
+    ),
+)
+
+
+def api_text(workflow: Workflow) -> str:
+    """A prompt as the text of its file."""
+    return json.dumps(workflow, indent=2, ensure_ascii=False) + "\n"
+
+
+# Sizes in the graph's pixels.
+_TITLE, _GAP, _COLUMN_GAP = 30, 40, 60
+_SLOT, _WIDGET, _TEXT = 20, 24, 110
+_WIDTH = 300
+_SIZES = {  # of nodes that show more than their widgets
+    "SaveImage": (340, 370),
+    "LoadImage": (300, 340),
+    "AuraFlowGGUFInspect": (440, 680),
+    "CLIPTextEncode": (340, 130),
+    "MarkdownNote": (300, 250),
+}
+_TITLES = {"positive": "Positive prompt", "negative": "Negative prompt"}
+
+
+def graph(template: Template, info: ObjectInfo) -> dict[str, Any]:
+    """A template as a graph of ComfyUI's editor, schema 0.4.
+
+    Args:
+        template: what to draw.
+        info: the node classes of a server, which say in what order the widgets' values stand.
+    """
+    ids = {key: number for number, key in enumerate((*template.workflow, "note"), start=1)}
+    nodes = {key: _graph_node(ids[key], entry, info) for key, entry in template.workflow.items()}
+    for key in _TITLES.keys() & nodes:
+        nodes[key]["title"] = _TITLES[key]
+    nodes["note"] = _note(ids["note"], template.note)
+    links = []
+    for key, entry in template.workflow.items():
+        for slot, target in enumerate(nodes[key]["inputs"]):
+            value = entry["inputs"].get(target["name"])
+            if value is None:
+                continue
+            source = nodes[value[0]]["outputs"][value[1]]
+            target["link"] = len(links) + 1
+            source["links"].append(target["link"])
+            links.append([target["link"], ids[value[0]], value[1], ids[key], slot, target["type"]])
+    place(template.columns, nodes)
+    return {
+        "id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"auraflow-gguf/{template.case}")),
+        "revision": 0,
+        "last_node_id": len(ids),
+        "last_link_id": len(links),
+        "nodes": list(nodes.values()),
+        "links": links,
+        "groups": [],
+        "config": {},
+        "extra": {},
+        "version": 0.4,
+    }
+
+
+def _graph_node(number: int, entry: Mapping[str, Any], info: ObjectInfo) -> dict[str, Any]:
+    class_type, given = entry["class_type"], entry["inputs"]
+    described = info[class_type]
+    inputs, values, height = [], [], 0
+    for group in ("required", "optional"):
+        for name, (kind, *options) in described["input"].get(group, {}).items():
+            options = options[0] if options else {}
+            if not _is_widget(kind):
+                inputs.append({"name": name, "type": kind, "link": None})
+                continue
+            values.append(given.get(name, options.get("default")))
+            height += _TEXT if options.get("multiline") else _WIDGET
+            if options.get("control_after_generate"):
+                values.append("randomize")
+                height += _WIDGET
+            if options.get("image_upload"):
+                values.append("image")
+                height += _WIDGET
+    names = described["output_name"]
+    outputs = [{"name": n, "type": t, "links": []} for n, t in zip(names, described["output"], strict=True)]
+    height += _SLOT * max(len(inputs), len(outputs)) + 20
+    return {
+        "id": number,
+        "type": class_type,
+        "pos": [0, 0],
+        "size": list(_SIZES.get(class_type, (_WIDTH, height))),
+        "flags": {},
+        "order": number - 1,
+        "mode": 0,
+        "inputs": inputs,
+        "outputs": outputs,
+        "properties": {"Node name for S&R": class_type},
+        "widgets_values": values,
+    }
+
+
+def _is_widget(kind: object) -> bool:
+    """Whether an input of this type is a widget: a list of choices, or one of the simple types."""
+    return isinstance(kind, list) or kind in ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
+
+
+def _note(number: int, text: str) -> dict[str, Any]:
+    return {
+        "id": number,
+        "type": "MarkdownNote",
+        "pos": [0, 0],
+        "size": list(_SIZES["MarkdownNote"]),
+        "flags": {},
+        "order": number - 1,
+        "mode": 0,
+        "inputs": [],
+        "outputs": [],
+        "properties": {},
+        "widgets_values": [text],
+    }
+
+
+def place(columns: Iterable[Sequence[str]], nodes: Mapping[str, dict[str, Any]]) -> None:
+    """Set the positions of nodes, in columns."""
+    left = 0
+    for column in columns:
+        top = 0
+        for key in column:
+            nodes[key]["pos"] = [left, top]
+            top += nodes[key]["size"][1] + _TITLE + _GAP
+        left += max(nodes[key]["size"][0] for key in column) + _COLUMN_GAP
+
+
+def write(info: ObjectInfo) -> None:
+    """Write all files of all templates; ``info`` is for `graph`."""
+    EXAMPLES.mkdir(exist_ok=True)
+    for template in TEMPLATES:
+        folder = WORKFLOWS / template.case
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "api.json").write_text(api_text(template.workflow), encoding="utf-8")
+        text = json.dumps(graph(template, info), indent=2, ensure_ascii=False) + "\n"
+        (EXAMPLES / f"{template.title}.json").write_text(text, encoding="utf-8")

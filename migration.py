@@ -1,0 +1,196 @@
+"""Workflows made for other packs' GGUF loaders, taken over to this pack's, in editor and in API format.
+
+Imports nothing but the standard library and `loader.errors`; nodes/replacements.py gives the same table to ComfyUI.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .loader.errors import ModelFileError
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A node of this pack in place of another pack's.
+
+    Attributes:
+        new: the class of our node.
+        widgets: the other node's widgets, in the order in which the editor stores their values.
+        inputs: our input for each of the other's that has one; all others fall away.
+        added: values of our further widgets, which follow the taken over ones.
+        only: values that a widget of the other node must have, for AuraFlow's sake; else the node stays.
+    """
+
+    new: str
+    widgets: tuple[str, ...]
+    inputs: dict[str, str]
+    added: dict[str, Any]
+    only: dict[str, tuple[str, ...]]
+
+
+_COMPUTE = {"compute_dtype": "auto"}
+
+REPLACEMENTS = {
+    "UnetLoaderGGUF": Replacement(
+        "AuraFlowGGUFLoader", ("unet_name",), {"unet_name": "model_name"}, added=_COMPUTE, only={}
+    ),
+    "UnetLoaderGGUFAdvanced": Replacement(
+        "AuraFlowGGUFLoader",
+        ("unet_name", "dequant_dtype", "patch_dtype", "patch_on_device"),
+        {"unet_name": "model_name"},
+        added=_COMPUTE,
+        only={},
+    ),
+    "CLIPLoaderGGUF": Replacement(
+        "AuraFlowGGUFTextEncoderLoader",
+        ("clip_name", "type"),
+        {"clip_name": "text_encoder_name"},
+        added={},
+        # what AuraFlow's graphs choose: Pile-T5-XL is recognised by its weights
+        only={"type": ("stable_diffusion",)},
+    ),
+}
+
+# Where a node came from, which the editor keeps with it.
+_ORIGIN = ("cnr_id", "aux_id", "ver")
+
+
+def migrate_file(source: str | os.PathLike, target: str | os.PathLike, *, overwrite: bool = False) -> list[str]:
+    """Write the workflow in ``source`` to ``target`` with this pack's nodes.
+
+    Returns:
+        a sentence for each node that was or was not taken over; none when the workflow has no such node, and then
+        nothing is written.
+
+    Raises:
+        ModelFileError: ``source`` is no workflow, or ``target`` exists.
+    """
+    with open(source, encoding="utf-8") as file:
+        try:
+            workflow = json.load(file)
+        except ValueError as error:
+            raise _no_workflow(source, f"no JSON ({error})") from error
+    changes = migrate(workflow, source)
+    if changes:
+        try:
+            with open(target, "w" if overwrite else "x", encoding="utf-8") as file:
+                json.dump(workflow, file, indent=2, ensure_ascii=False)
+        except FileExistsError as error:
+            raise ModelFileError(
+                target,
+                found="a file of that name",
+                expected="none",
+                advice="Choose another name (--output), or allow it to be replaced (--overwrite).",
+            ) from error
+    return changes
+
+
+def migrate(workflow: object, path: str | os.PathLike = "workflow") -> list[str]:
+    """Change a workflow in place, as `migrate_file` says.
+
+    Args:
+        workflow: in editor format, ``{"nodes": [...], ...}`` with subgraphs, or in API format,
+            ``{id: {"class_type": ..., "inputs": ...}}``.
+        path: for the error message.
+    """
+    if isinstance(workflow, dict) and isinstance(workflow.get("nodes"), list):
+        return list(_migrate_editor(workflow))
+    if isinstance(workflow, dict) and workflow and all(_is_prompt_node(node) for node in workflow.values()):
+        return list(_migrate_prompt(workflow))
+    raise _no_workflow(path, "other JSON")
+
+
+def _is_prompt_node(node: object) -> bool:
+    return isinstance(node, dict) and isinstance(node.get("class_type"), str) and isinstance(node.get("inputs"), dict)
+
+
+def _no_workflow(path: str | os.PathLike, found: str) -> ModelFileError:
+    return ModelFileError(
+        path,
+        found=found,
+        expected="a workflow of ComfyUI",
+        advice="Save the workflow in ComfyUI with Save or Export (API), and give that file.",
+    )
+
+
+def _migrate_prompt(workflow: Json) -> Iterator[str]:
+    for key, node in workflow.items():
+        old = node["class_type"]
+        replacement = REPLACEMENTS.get(old)
+        if replacement is None:
+            continue
+        refusal = _refusal(replacement, node["inputs"])
+        if refusal:
+            yield f"{old} {key} stays: {refusal}"
+            continue
+        taken = {new: node["inputs"][name] for name, new in replacement.inputs.items() if name in node["inputs"]}
+        node["class_type"] = replacement.new
+        node["inputs"] = taken | replacement.added
+        yield f"{old} {key} becomes {replacement.new}"
+
+
+def _migrate_editor(workflow: Json) -> Iterator[str]:
+    subgraphs = workflow.get("definitions", {}).get("subgraphs", [])
+    renamed: dict[str, dict[str, dict[str, str]]] = {}  # subgraph → node in it → its inputs' new names
+    for graph in (workflow, *subgraphs):
+        for node in graph["nodes"]:
+            replacement = REPLACEMENTS.get(node["type"])
+            if replacement is None:
+                continue
+            old, number = node["type"], node["id"]
+            values = _widget_values(node, replacement)
+            refusal = _refusal(replacement, values)
+            if refusal:
+                yield f"{old} {number} stays: {refusal}"
+                continue
+            _replace(node, replacement, values)
+            renamed.setdefault(graph.get("id", ""), {})[str(number)] = replacement.inputs
+            yield f"{old} {number} becomes {replacement.new}"
+    for graph in (workflow, *subgraphs):
+        for node in graph["nodes"]:
+            _rename_proxies(node, renamed.get(node["type"], {}))
+
+
+def _refusal(replacement: Replacement, values: Json) -> str | None:
+    for name, allowed in replacement.only.items():
+        if values.get(name, allowed[0]) not in allowed:
+            return f"its {name} is {values[name]}, for another model than AuraFlow"
+    return None
+
+
+def _widget_values(node: Json, replacement: Replacement) -> Json:
+    values = node.get("widgets_values") or []
+    return values if isinstance(values, dict) else dict(zip(replacement.widgets, values, strict=False))
+
+
+def _replace(node: Json, replacement: Replacement, values: Json) -> None:
+    old = node["type"]
+    node["type"] = replacement.new
+    taken = [values[name] for name in replacement.inputs if name in values]
+    node["widgets_values"] = [*taken, *replacement.added.values()]
+    node["inputs"] = [slot for slot in node.get("inputs") or [] if slot["name"] in replacement.inputs]
+    for slot in node["inputs"]:
+        slot["name"] = replacement.inputs[slot["name"]]
+        if "widget" in slot:
+            slot["widget"] = {**slot["widget"], "name": slot["name"]}
+        slot.pop("localized_name", None)
+        slot.pop("label", None)
+    properties = node.setdefault("properties", {})
+    for key in _ORIGIN:
+        properties.pop(key, None)
+    if properties.get("Node name for S&R") == old:
+        properties["Node name for S&R"] = replacement.new
+
+
+def _rename_proxies(node: Json, renamed: dict[str, dict[str, str]]) -> None:
+    """A subgraph's node shows widgets of nodes inside, ``[node, widget]``: follow those that have a new name."""
+    for proxy in node.get("properties", {}).get("proxyWidgets", []):
+        inside, widget = str(proxy[0]), proxy[1]
+        proxy[1] = renamed.get(inside, {}).get(widget, widget)

@@ -1,0 +1,213 @@
+"""What a person does with the pack in ComfyUI's editor."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from auraflow_gguf.devtools import locales, templates
+from auraflow_gguf.devtools.browser import Editor
+from auraflow_gguf.devtools.quick import small
+from auraflow_gguf.devtools.random_models import cached_auraflow
+from auraflow_gguf.devtools.server import ROOT, Server, Workflow, load_workflow
+from playwright.sync_api import Locator, expect
+
+from .conftest import BAD_FILE
+
+NODES = locales.read("en")
+PACK = "auraflow-gguf"
+
+
+def place(editor: Editor, class_type: str) -> None:
+    """Find a node with the search box, by the name that it shows, and put it into the graph."""
+    page, name = editor.page, NODES[class_type]["display_name"]
+    page.evaluate("() => app.extensionManager.command.execute('Workspace.SearchBox.Toggle')")
+    page.locator("[role=combobox]:focus").fill(name)
+    page.locator("[data-testid=result-item], [role=option]").filter(has_text=name).first.click()
+    page.wait_for_function("type => app.graph.nodes.some((node) => node.type === type)", arg=class_type)
+
+
+def open_help(editor: Editor, class_type: str) -> Locator:
+    """Select the node, press the info button of its toolbox; gives the help panel."""
+    editor.fit()
+    editor.page.evaluate(
+        "type => app.canvas.selectItems(app.graph.nodes.filter((node) => node.type === type))", class_type
+    )
+    editor.page.get_by_test_id("info-button").click()
+    return editor.page.locator(".node-help-content").first
+
+
+@pytest.mark.parametrize("class_type", NODES)
+def test_a_node_is_found_placed_and_explained(editor: Editor, class_type: str) -> None:
+    place(editor, class_type)
+    page = open_help(editor, class_type)
+    expect(page.locator("h1")).to_have_text(NODES[class_type]["display_name"])
+    picture = page.locator("img")
+    picture.scroll_into_view_if_needed()
+    editor.page.wait_for_function("image => image.complete && image.naturalWidth > 100", arg=picture.element_handle())
+
+
+def test_it_speaks_chinese(editor: Editor, server: Server) -> None:
+    editor.open(server.url, Comfy_Locale="zh")
+    chinese = locales.read("zh")["AuraFlowGGUFInspect"]
+    editor.load(graph_of("AuraFlowGGUFInspect"))
+    expect(open_help(editor, "AuraFlowGGUFInspect").locator("h1")).to_have_text(chinese["display_name"])
+    expect(editor.page.locator(".aurainspect-panel")).to_have_text("运行工作流即可查看该文件。")
+    shown = editor.page.evaluate("() => { const n = app.graph.nodes[0]; return [n.title, n.widgets[0].label]; }")
+    assert shown == [chinese["display_name"], chinese["inputs"]["model_name"]["name"]]
+    editor.open(server.url, Comfy_Locale="en")
+
+
+def graph_of(class_type: str, *values: object) -> dict:
+    node = {"id": 1, "type": class_type, "pos": [100, 100], "flags": {}, "mode": 0, "inputs": [], "outputs": []}
+    if values:
+        node["widgets_values"] = list(values)
+    return {"nodes": [node], "links": [], "groups": [], "last_node_id": 1, "last_link_id": 0, "version": 0.4}
+
+
+@pytest.mark.parametrize("template", templates.TEMPLATES, ids=lambda template: template.case)
+def test_a_template_opens_cleanly(editor: Editor, template: templates.Template) -> None:
+    page = editor.page
+    page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
+    page.get_by_text(PACK, exact=True).first.click()
+    card = page.get_by_test_id(f"template-workflow-{template.title}")
+    thumbnail = card.locator("img").first
+    page.wait_for_function("image => image.complete && image.naturalWidth > 100", arg=thumbnail.element_handle())
+    card.click()
+    expected = numbered(template.workflow)
+    page.wait_for_function("count => app.graph.nodes.length === count", arg=len(expected) + 1)
+    unknown = "() => app.graph.nodes.map((node) => node.type).filter((type) => !LiteGraph.registered_node_types[type])"
+    assert page.evaluate(unknown) == []
+    assert page.get_by_text(re.compile("missing node", re.IGNORECASE)).count() == 0
+    prompt = editor.prompt()
+    assert prompt.keys() == expected.keys()
+    for number, node in prompt.items():
+        known = {name: value for name, value in node["inputs"].items() if name in expected[number]["inputs"]}
+        assert {"class_type": node["class_type"], "inputs": known} == expected[number]
+
+
+def numbered(workflow: Workflow) -> Workflow:
+    """A workflow whose nodes have the numbers of the template's, as texts."""
+    numbers = {key: str(number) for number, key in enumerate(workflow, start=1)}
+    return {
+        numbers[key]: {
+            "class_type": node["class_type"],
+            "inputs": {
+                name: [numbers[value[0]], value[1]] if isinstance(value, list) else value
+                for name, value in node["inputs"].items()
+            },
+        }
+        for key, node in workflow.items()
+    }
+
+
+def template_graph(case: str) -> dict:
+    (template,) = (template for template in templates.TEMPLATES if template.case == case)
+    return json.loads((ROOT / "example_workflows" / f"{template.title}.json").read_text(encoding="utf-8"))
+
+
+def choose_model(editor: Editor, name: str) -> None:
+    """Pick a file in the loader's list, with the mouse."""
+    editor.fit()
+    editor.frame()
+    left, top = editor.page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find((node) => node.type === "AuraFlowGGUFLoader");
+            const widget = node.widgets.find((widget) => widget.name === "model_name");
+            const view = app.canvas.canvas.getBoundingClientRect();
+            const { scale, offset } = app.canvas.ds;
+            const x = node.pos[0] + node.size[0] / 2, y = node.pos[1] + widget.last_y + 10;
+            return [(x + offset[0]) * scale + view.left, (y + offset[1]) * scale + view.top];
+        }"""
+    )
+    editor.page.mouse.click(left, top)
+    editor.page.locator(".litemenu-entry").filter(has_text=re.compile(f"^{re.escape(name)}$")).click()
+
+
+def prepare(editor: Editor, case: str) -> None:
+    """Show a template in the size of the tests."""
+    editor.load(template_graph(case))
+    for node in small(load_workflow(case)).values():
+        values = {name: value for name, value in node["inputs"].items() if not isinstance(value, list)}
+        if node["class_type"] not in ("CLIPTextEncode", "AuraFlowGGUFLoader"):
+            editor.set_widgets(node["class_type"], **values)
+
+
+def test_a_picture_is_made(editor: Editor) -> None:
+    prepare(editor, "text_to_image")
+    choose_model(editor, cached_auraflow().name)
+    editor.page.evaluate(
+        """() => {
+            window.seen = [];
+            app.api.addEventListener("progress", ({ detail }) => seen.push([detail.value, detail.max]));
+        }"""
+    )
+    editor.page.get_by_test_id("queue-button").locator("button").or_(
+        editor.page.locator("button[data-testid=queue-button]")
+    ).first.click()
+    editor.page.wait_for_function(
+        """() => {
+            const node = app.graph.nodes.find((node) => node.type === "SaveImage");
+            return node.imgs?.[0]?.naturalWidth === 128;
+        }"""
+    )
+    assert editor.page.evaluate("() => window.seen") == [[1, 2], [2, 2]]
+
+
+def test_a_bad_file_makes_a_red_node_with_a_sentence(editor: Editor) -> None:
+    prepare(editor, "text_to_image")
+    choose_model(editor, BAD_FILE)
+    editor.page.evaluate("() => app.queuePrompt(0)")
+    # Newer frontends show a summary first, and the message when one asks for it.
+    summary = editor.page.get_by_test_id("error-overlay-see-errors")
+    editor.page.locator(".comfy-error-report").or_(summary).first.wait_for()
+    if summary.is_visible():
+        summary.click()
+    expect(editor.page.get_by_text(f"{BAD_FILE}: found").filter(visible=True).first).to_be_visible()
+    colour = editor.page.evaluate(
+        """() => {
+            const node = app.graph.nodes.find((node) => node.type === "AuraFlowGGUFLoader");
+            return node.strokeStyles.executionError.call(node)?.color;
+        }"""
+    )
+    assert colour
+
+
+@pytest.mark.parametrize("theme", ["dark", "light"])
+def test_the_inspector_shows_a_file(editor: Editor, server: Server, theme: str) -> None:
+    editor.open(server.url, Comfy_ColorPalette=theme)
+    name = cached_auraflow().name
+    editor.load(graph_of("AuraFlowGGUFInspect", name, theme == "dark"))
+    editor.page.evaluate("() => app.queuePrompt(0)")
+    panel = editor.page.locator(".aurainspect-panel")
+    expect(panel.locator("h3")).to_have_text(name)
+    rows = panel.locator("tbody tr").all_inner_texts()
+    assert [row.split("\t")[0].strip() for row in rows] == [
+        "attention",
+        "MLP",
+        "modulation",
+        "embedders, output",
+        "all",
+    ]
+    assert "Q4_K" in rows[0]
+    assert ("No NaN" in panel.inner_text()) == (theme == "dark")
+    assert luminance(panel, "color") != luminance(panel, "background-color")
+    assert (luminance(panel, "background-color") > 0.5) == (theme == "light")
+    assert abs(luminance(panel, "color") - luminance(panel, "background-color")) > 0.5
+    editor.open(server.url, Comfy_ColorPalette="dark")
+
+
+def luminance(element: Locator, name: str) -> float:
+    """Of a colour in an element's style, from 0 to 1."""
+    colour = element.evaluate("(element, name) => getComputedStyle(element).getPropertyValue(name)", name)
+    red, green, blue = (int(value) for value in re.findall(r"\d+", colour)[:3])
+    return (0.2126 * red + 0.7152 * green + 0.0722 * blue) / 255
+
+
+def test_the_inspector_says_what_is_wrong_with_a_file(editor: Editor) -> None:
+    editor.load(graph_of("AuraFlowGGUFInspect", BAD_FILE, False))
+    editor.page.evaluate("() => app.queuePrompt(0)")
+    panel = editor.page.locator(".aurainspect-panel")
+    expect(panel.locator("h4")).to_have_text("This file cannot be used")
+    expect(panel.locator("dd").last).to_contain_text("The download is incomplete")

@@ -1,0 +1,168 @@
+"""What a running server says about the nodes and makes of the pack's workflows, and what docs/api.md promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from auraflow_gguf.devtools import assets, locales, templates
+from auraflow_gguf.devtools.quick import LORA, small
+from auraflow_gguf.devtools.random_models import write_hollow
+from auraflow_gguf.devtools.server import ROOT, PromptError, Server, Workflow, load_workflow
+from auraflow_gguf.loader.gguf_file import open_gguf
+from auraflow_gguf.migration import REPLACEMENTS
+from PIL import Image
+from safetensors.torch import save_file
+
+from .test_server import write_flux, write_truncated
+
+ADVICE = "run `python dev.py assets` if this is meant"
+
+
+@pytest.fixture(scope="module")
+def info(server: Server) -> templates.ObjectInfo:
+    """Our nodes, as the server describes them."""
+    return {name: entry for name, entry in assets.object_info(server).items() if assets.is_ours(entry)}
+
+
+def test_ids_inputs_and_defaults_are_those_that_programs_know(info):
+    known = json.loads(assets.SNAPSHOT.read_text(encoding="utf-8"))
+    assert json.loads(json.dumps(assets.stable(info))) == known, ADVICE
+
+
+def test_translations_have_every_text_of_the_nodes(info):
+    english = locales.node_defs(info)
+    assert locales.read("en") == english, ADVICE
+    assert _keys(locales.read("zh")) == _keys(english)
+
+
+def _keys(tree):
+    return {key: _keys(value) for key, value in tree.items()} if isinstance(tree, dict) else bool(tree)
+
+
+def test_every_node_has_a_help_page_that_names_its_inputs(info):
+    for name, described in info.items():
+        inputs = [key for group in ("required", "optional") for key in described["input"].get(group, {})]
+        for page in (ROOT / "web" / "docs" / f"{name}.md", ROOT / "web" / "docs" / name / "zh.md"):
+            text = page.read_text(encoding="utf-8")
+            assert [key for key in inputs if f"`{key}`" not in text] == [], page
+            (picture,) = re.findall(r"!\[.+\]\((.+)\)", text)
+            assert (ROOT / "web" / "docs" / picture).is_file(), page
+
+
+def test_replacements_of_other_packs_nodes_have_inputs_of_ours(info):
+    for replacement in REPLACEMENTS.values():
+        if replacement.new not in info:  # then it is not offered either
+            continue
+        inputs = info[replacement.new]["input"]["required"]
+        assert {*replacement.inputs.values(), *replacement.added} <= inputs.keys()
+
+
+def test_the_host_takes_a_prompt_for_another_pack(server):
+    workflow = small(load_workflow("text_to_image"))
+    model = workflow["loader"]["inputs"]["model_name"]
+    workflow["loader"] = {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": model}, "_meta": {}}
+    workflow["sampler"]["inputs"]["seed"] = 77
+    assert server.prompt(workflow)
+
+
+@pytest.mark.parametrize("template", templates.TEMPLATES, ids=lambda template: template.case)
+def test_the_workflow_runs(server, template, info):
+    workflow = load_workflow(template.case)
+    assert workflow == template.workflow, ADVICE
+    pictures = server.prompt(small(workflow))
+    if template.case == "convert_and_save":
+        _check_made_files(server)
+        return
+    (path,) = pictures
+    with Image.open(path) as image:
+        assert image.size == ((144, 144) if template.case == "image_to_image" else (128, 128))
+        assert len(image.getcolors(1 << 16)) > 100
+    if template.case == "importance_matrix":
+        assert (server.output / "imatrix" / "AuraFlow_00001_.gguf").is_file()
+
+
+def _check_made_files(server: Server) -> None:
+    (converted,) = (server.base / "models" / "diffusion_models").glob("*-Q8_0.gguf")
+    assert open_gguf(converted).tensors["single_layers.0.attn.w1q.weight"].type.name == "Q8_0"
+    saved = open_gguf(server.output / "diffusion_models" / "AuraFlow_00001_.gguf")
+    assert saved.tensors["single_layers.0.attn.w1q.weight"].type.name == "Q4_K"
+    assert (server.base / "models" / "loras" / LORA).is_file()
+
+
+def test_the_api_document_is_true(server, tmp_path):
+    """Every block of code in docs/api.md, executed in order, on this server."""
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    (tmp_path / "workflow.json").write_text(json.dumps(small(load_workflow("text_to_image"))))
+    blocks = re.findall(r"^```(sh|python)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    assert {language for language, _ in blocks} == {"sh", "python"}
+    for language, code in blocks:
+        code = code.replace("http://127.0.0.1:8188", server.url)
+        command = [sys.executable, "-c", code] if language == "python" else ["bash", "-euo", "pipefail", "-c", code]
+        ran = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True)
+        assert ran.returncode == 0, f"{code}\n{ran.stdout}\n{ran.stderr}"
+    with Image.open(tmp_path / "picture.png") as image:
+        assert image.size == (128, 128)
+
+
+def _environment() -> dict[str, str]:
+    """This Python first in PATH, as ``python``."""
+    return {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def _troubles(server: Server) -> dict[str, Workflow]:
+    """A prompt for each message in the README's table, by the message."""
+    models = server.base / "models"
+    folder = models / "diffusion_models"
+    write_flux(folder / "trouble-flux.gguf")
+    write_truncated(folder / "trouble-cut.gguf")
+    write_hollow(folder / "trouble-label.gguf", "Q4_0")
+    content = (folder / "trouble-label.gguf").read_bytes()[: 1 << 16]
+    key = content.index(b"aura.block_count") + len(b"aura.block_count") + 4
+    with open(folder / "trouble-label.gguf", "r+b") as file:
+        file.seek(key)
+        file.write((35).to_bytes(4, "little"))
+    save_file({"lora_unet_blocks_7_attn1.lora_down.weight": torch.ones(2, 8)}, models / "loras" / "trouble.safetensors")
+    (folder / "trouble-taken.gguf").touch()
+
+    def load(name: str) -> Workflow:
+        return small(load_workflow("text_to_image")) | {"loader": _node("AuraFlowGGUFLoader", model_name=name)}
+
+    lora = small(load_workflow("text_to_image_lora"))
+    lora["lora"]["inputs"]["lora_name"] = "trouble.safetensors"
+    convert = small(load_workflow("convert_and_save"))["convert"]["inputs"]
+    return {
+        "found a Flux transformer, expected an AuraFlow transformer": load("trouble-flux.gguf"),
+        "The download is incomplete": load("trouble-cut.gguf"),
+        "in its metadata, but` … `by its tensors": load("trouble-label.gguf"),
+        "None of its modules is in this model": lora,
+        "cannot be made without an importance matrix": {
+            "1": _node("AuraFlowGGUFConvert", **{**convert, "type": "IQ2_XXS"})
+        },
+        "found a file of that name, expected none": {
+            "1": _node("AuraFlowGGUFConvert", **{**convert, "output_name": "trouble-taken"})
+        },
+        "Value not in list": load("absent.gguf"),
+    }
+
+
+def _node(class_type: str, **inputs) -> dict:
+    return templates.node(class_type, **({"compute_dtype": "auto"} if "Loader" in class_type else {}), **inputs)
+
+
+def test_every_message_in_the_readme_is_said(server):
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Troubleshooting")[2].partition("\n\n**")[0]
+    messages = re.findall(r"^\| `(.+)` \| [^|]+ \|$", table, re.MULTILINE)
+    prompts = _troubles(server)
+    assert messages == list(prompts)
+    for message, prompt in prompts.items():
+        with pytest.raises(PromptError) as refusal:
+            server.prompt(prompt)
+        for part in message.split("` … `"):
+            assert part in str(refusal.value), message

@@ -1,0 +1,97 @@
+"""Every command and table of README.md and docs/ is tried: those of docs/api.md and the messages by tests/host."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from auraflow_gguf import cli
+from auraflow_gguf.devtools.random_models import full_size
+from auraflow_gguf.loader.auraflow import AURAFLOW
+from auraflow_gguf.quantizer import comparison, convert, evaluation, inspection, sensitivity
+from safetensors.torch import save_file
+
+import dev
+
+from .quantizer.small_model import native_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NEEDS_NETWORK = ("git clone", "pip install")  # and change the Python that runs this
+SERVER_PAGE = "api.md"
+
+
+def commands() -> list[str]:
+    """All lines of all blocks of code, those of a quoted script as one."""
+    found = []
+    for page in PAGES:
+        if page.name == SERVER_PAGE:
+            continue
+        for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
+            whole = re.split(r"\n(?=python |git |pip )", block.strip())
+            found += [command for command in whole if not command.startswith(NEEDS_NETWORK)]
+    return list(dict.fromkeys(found))
+
+
+def test_nothing_is_written_down_that_no_test_tries():
+    assert all(command.startswith(("python cli.py ", "python dev.py ", "python -c ")) for command in commands())
+    for command in commands():
+        if command.startswith("python dev.py "):
+            name, *arguments = shlex.split(command)[2:]
+            assert name in dev.COMMANDS
+            assert arguments[:1] in ([], ["--tier"]), command
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python cli.py ")])
+def test_a_command_of_the_command_line(command, tmp_path, monkeypatch, capsys):
+    """In a folder with the small model under every name that the pages use."""
+    for module in (convert, inspection, comparison, evaluation, sensitivity):
+        if hasattr(module, "AURAFLOW"):
+            monkeypatch.setattr(module, "AURAFLOW", replace(AURAFLOW, fixed={}))
+    monkeypatch.chdir(tmp_path)
+    for name in ("SOURCE", "MODEL", "A", "B", "random"):
+        save_file(native_weights(), f"{name}.safetensors")
+    prompt = {"1": {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": "v7.gguf"}}}
+    Path("workflow.json").write_text(json.dumps(prompt))
+    arguments = shlex.split(command)[2:]
+    if "TARGET.gguf" in arguments and arguments[0] != "convert":
+        assert cli.main(["convert", "SOURCE.safetensors", "TARGET.gguf", "--type", "Q4_K_M"]) == 0
+    arguments = [f"{name}.safetensors" if name in ("SOURCE", "MODEL", "A", "B") else name for name in arguments]
+    if arguments[0] == "sensitivity":
+        arguments += ["--size", "8", "--tokens", "4"]
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python -c ")])
+def test_a_script(command, tmp_path):
+    _, _, script = shlex.split(command)
+    script = script.replace("random.safetensors", str(tmp_path / "random.safetensors"))
+    ran = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert (tmp_path / "random.safetensors").stat().st_size > 1_000_000
+
+
+def test_the_sizes_of_files_are_true():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| \d+ GB \| `(\w+)` \| ([\d.]+) \| ([\d.]+) GB \| ([\d.]+) GB \| ([\d.]+) GB \|$", text, re.M)
+    assert len(rows) == 5
+    for recipe, bits, file, cached, whole in rows:
+        _, tensors = full_size(recipe)
+        total = sum(tensor.nbytes for tensor in tensors)
+        modulation = sum(tensor.nbytes for tensor in tensors if re.search(r"_layers\.\d+\.mod", tensor.name))
+        weights = sum(tensor.size for tensor in tensors)
+        computed = (f"{8 * total / weights:.1f}", *(f"{n / 1e9:.2f}" for n in (total, total - modulation, total)))
+        assert (bits, file, cached, whole) == computed
+
+
+def test_every_link_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?://|#)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
