@@ -20,7 +20,7 @@ GROUPS = {
     AURAFLOW.name: {
         "attention": "*_layers.*.attn.*",
         "MLP": "*_layers.*.mlp*",
-        "modulation": "*_layers.*.mod*",
+        "modulation": "*mod[CXF]*",
         "embedders, output": "*",
     },
     PILE_T5_XL.name: {
@@ -85,7 +85,7 @@ class Description:
     def memory(self) -> dict[str, int]:
         """Bytes that the weights take on the GPU, fully loaded: with the modulation cache, which leaves the
         modulation's weights where they are, and without it."""
-        modulation = next(group.nbytes for group in self.groups if group.name == "modulation")
+        modulation = sum(group.nbytes for group in self.groups if group.name == "modulation")
         return {"with_cache": self.total.nbytes - modulation, "without_cache": self.total.nbytes}
 
 
@@ -129,11 +129,9 @@ def report(description: Description) -> str:
         types = ", ".join(f"{name} × {count}" for name, count in group.types.items())
         sizes = f"{group.weights:16,}{group.nbytes / 1e9:8.2f}{group.bits_per_weight:7.2f}"
         lines.append(f"{group.name:20}{sizes}  {types}")
-    memory = description.memory
-    lines.append(
-        f"VRAM: {memory['with_cache'] / 1e9:.2f} GB for the weights with the modulation cache, "
-        f"{memory['without_cache'] / 1e9:.2f} GB without, and what sampling takes."
-    )
+    cached, whole = description.memory.values()
+    without = f" with the modulation cache, {whole / 1e9:.2f} GB without" if cached < whole else ""
+    lines.append(f"VRAM: {cached / 1e9:.2f} GB for the weights{without}, and what running takes.")
     return "\n".join(lines)
 
 

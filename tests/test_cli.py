@@ -48,10 +48,10 @@ def test_convert_inspect_verify(source, capsys):
     assert report["groups"][1]["types"] == {"Q8_0": 8, "F16": 4}
     assert report["groups"][2] == {
         "name": "modulation",
-        "weights": 1572864,
-        "nbytes": 1671168,
-        "types": {"Q8_0": 4},
-        "bits_per_weight": 8.5,
+        "weights": 1703936,
+        "nbytes": 1933312,
+        "types": {"Q8_0": 4, "BF16": 1},
+        "bits_per_weight": 9.0769,
     }
 
 
