@@ -18,7 +18,7 @@ from ..loader.pile_t5 import HEAD_SIZE, PILE_T5_XL, STACK
 from ..quantizer.convert import convert
 from .cache import cache_folder, locked
 
-VERSION = 1
+VERSION = 2
 """Part of the cached files' names: to be raised when what is in them changes."""
 
 Shapes = dict[str, tuple[int, ...]]
