@@ -137,7 +137,7 @@ class Editor:
         self.page.wait_for_function(
             """() => {
                 const manager = window.app?.extensionManager;
-                return app?.graph && manager?.spinner === false && manager.workflow?.activeWorkflow;
+                return window.app?.graph && manager?.spinner === false && manager.workflow?.activeWorkflow;
             }"""
         )
         self.clear()

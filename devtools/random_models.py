@@ -18,14 +18,14 @@ import torch
 
 from ..loader.architecture import NATIVE, Architecture, Match, Size, annotations, match
 from ..loader.auraflow import AURAFLOW
-from ..loader.pile_t5 import PILE_T5_XL, STACK
+from ..loader.pile_t5 import HEAD_SIZE, PILE_T5_XL, STACK
 from ..loader.quant_types.base import QuantType
 from ..quantizer.convert import CHUNK, convert, quantize
 from ..quantizer.recipe import Recipe, recipe_for
 from ..quantizer.writer import ALIGNMENT, TensorSpec, write_gguf
 from .cache import cache_folder, locked
 
-VERSION = 1
+VERSION = 2
 """Part of the cached files' names: to be raised when what is in them changes."""
 
 BLOCKS = 4096
@@ -169,9 +169,17 @@ def native_shapes(architecture: Architecture, sizes: Mapping[str, int]) -> Shape
 
 
 def make_text_encoder(path: Path, seed: int = 0, layers: int = 24) -> None:
-    """Writes a Pile-T5-XL encoder (2.4 GB, float16) with the names of the published files."""
-    shapes = native_shapes(PILE_T5_XL, PILE_T5_XL.fixed | {STACK: layers})
-    write_safetensors(path, shapes, lambda name, shape: random_weight(name, shape, seed), torch.float16)
+    """Writes a Pile-T5-XL encoder (2.4 GB, float16) with the names of the published files.
+
+    T5 does not divide attention's logits by √(head size); as in T5's own initialization, the weights of the queries
+    are smaller instead. Without, each layer magnifies float32's rounding.
+    """
+
+    def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        weight = random_weight(name, shape, seed)
+        return weight / math.sqrt(HEAD_SIZE) if name.endswith("SelfAttention.q.weight") else weight
+
+    write_safetensors(path, native_shapes(PILE_T5_XL, PILE_T5_XL.fixed | {STACK: layers}), values, torch.float16)
 
 
 def make_vae(path: Path, seed: int = 0) -> None:
