@@ -18,7 +18,7 @@ import torch
 from ..quant_types import STORED_DTYPES, QuantType
 
 # Bytes of a thread's float32 tile: small enough for its core's cache, and large enough for an efficient product.
-TILE_BYTES = 2 * 1024 * 1024
+TILE_BYTES = 4 * 1024 * 1024
 
 _local = threading.local()
 _lock = threading.Lock()
