@@ -76,7 +76,9 @@ def oft(name, shape):
 
 
 def boft(name, shape):
-    return {f"{name}.oft_blocks": noise(2, 2, shape[0] // 2, shape[0] // 2), f"{name}.alpha": torch.tensor(0.0)}
+    blocks = max(2, shape[0] // 64)  # of 64 rows; two factors
+    size = shape[0] // blocks
+    return {f"{name}.oft_blocks": noise(2, blocks, size, size), f"{name}.alpha": torch.tensor(0.0)}
 
 
 def diff(name, shape):
