@@ -247,7 +247,7 @@ def api_text(workflow: Workflow) -> str:
 # Sizes in the graph's pixels.
 _TITLE, _GAP, _COLUMN_GAP = 30, 40, 60
 _SLOT, _WIDGET, _TEXT = 20, 24, 110
-_WIDTH = 300
+_WIDTH = 350
 _SIZES = {  # of nodes that show more than their widgets
     "SaveImage": (340, 370),
     "LoadImage": (300, 340),
