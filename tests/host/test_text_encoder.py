@@ -171,7 +171,8 @@ def test_every_patch_has_the_effect_that_it_has_on_the_dense_twin(kind):
         clone = patched(clip, kind, 0.8, {module: shape})
         assert isinstance(clone.patcher, GGUFModelPatcher)
         assert relative_error(clone.encode_from_tokens(tokens), expected) < 1e-5, module
-        for mode in ("full", "lowvram"):
+        # a norm is patched as ComfyUI patches all of them: when it is loaded, which 1 byte of memory does not allow
+        for mode in ("full",) if module.endswith("norm") else ("full", "lowvram"):
             with loaded(clone.patcher, mode):
                 assert relative_error(encode(clone, 20), expected) < 1e-5, (module, mode)
     assert torch.equal(clip.encode_from_tokens(tokens), base)
