@@ -2,7 +2,7 @@
 
 A dense copy of a whole weight costs more in page faults than its dequantization; a tile that stays in a core's cache
 costs neither. Threads that share no product do not wait for each other at its end either, as torch's do. libgguf
-dequantizes where it is installed, torch where it is not: the same numbers.
+dequantizes where it is installed and fast, torch where it is not: the same numbers.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from ..quant_types import STORED_DTYPES, QuantType
+from . import cpu_q6_k
 
 # Bytes of a thread's float32 tile: small enough for its core's cache, and large enough for an efficient product.
 TILE_BYTES = 4 * 1024 * 1024
@@ -86,9 +87,11 @@ def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) 
 
 @functools.cache
 def row_dequantizer(quant_type: QuantType) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """The fastest ``(packed rows uint8, float32 rows) -> None`` for a type: libgguf's, or torch's."""
+    """The fastest ``(packed rows uint8, float32 rows) -> None`` for a type: libgguf's, or one in torch."""
     if stored := STORED_DTYPES.get(quant_type.name):
         return lambda packed, out: out.copy_(packed.view(stored))
+    if quant_type.name == "Q6_K":
+        return cpu_q6_k.dequantize_into
     libgguf = _libgguf()
     if libgguf is None or not libgguf.row_size(quant_type.id, quant_type.block_size):
         return lambda packed, out: out.copy_(quant_type.dequantize(packed))
