@@ -16,7 +16,7 @@ INTERRUPTED = 130
 
 WORST = 10  # tensors that compare shows
 MEASURED_TYPES = ("Q3_K", "Q4_K", "Q5_K", "Q6_K")  # of sensitivity
-OPTIONAL = ("libgguf", "diffusers")  # packages that some commands need, and say so
+OPTIONAL = ("libgguf", "diffusers", "sentencepiece")  # packages that some commands need, and say so
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -42,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="auraflow-gguf", description="Make and examine GGUF files of AuraFlow and Pony V7 transformers."
+        prog="auraflow-gguf",
+        description="Make and examine GGUF files of AuraFlow and Pony V7 transformers, and of their text encoder.",
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -56,6 +57,14 @@ def _parser() -> argparse.ArgumentParser:
         default=[],
         metavar="PATTERN=TYPE",
         help="a type for the tensors that fit, before the recipe's: 'single_layers.*.mlp.c_proj=Q6_K'; repeatable",
+    )
+    convert.add_argument(
+        "--part",
+        choices=("transformer", "text_encoder"),
+        help="what to convert of a source that has both; without it the transformer",
+    )
+    convert.add_argument(
+        "--tokenizer", metavar="FILE", help="tokenizer.model to write into a text encoder, if not beside the source"
     )
     convert.add_argument("--imatrix", metavar="FILE", help="an importance matrix: what the weights' errors matter")
     convert.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
@@ -123,6 +132,8 @@ def _convert(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
             overwrite=options.overwrite,
             tensor_types=options.tensor_type,
             imatrix=options.imatrix,
+            part=options.part,
+            tokenizer=options.tokenizer,
             progress=progress,
         )
     print(f"{options.target}: {Path(options.target).stat().st_size / 1e9:.2f} GB written.")

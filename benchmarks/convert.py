@@ -1,15 +1,17 @@
 """Converting bfloat16 to Q4_K_M beside a quantizer alone, on the same weights with as many threads.
 
 Two quantizers: ggml's own library as llama.cpp builds it, and libgguf, which the converter uses: the same code and the
-same bytes in another build.
+same bytes in another build. They get their float32 rows in memory, tensor after tensor, and what they give is thrown
+away: reading, widening to float32 and writing are in the converter's time, not in theirs.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -24,58 +26,87 @@ from ..loader.architecture import match
 from ..loader.auraflow import AURAFLOW
 from ..loader.quant_types.base import QuantType
 from ..quantizer.checkpoint import open_checkpoint
-from ..quantizer.convert import convert, quantize
+from ..quantizer.convert import quantize
 from ..quantizer.recipe import RECIPES
 from ..tests.quantizer import ggml
-from .measure import side_by_side
+from .measure import Ratio, seconds
 
 TYPE = "Q4_K_M"
 ROWS = 64  # that a thread quantizes at a time
+SMALL = {"double_layers": 1, "single_layers": 1}
+FULL_SIZE = {"double_layers": 4, "single_layers": 32, "positional": 9216}  # AuraFlow v0.3: 13.7 GB
 
-Tensors = list[tuple[np.ndarray, QuantType]]  # float32 rows, and what they are to become
+Quantizer = Callable[[np.ndarray, QuantType], object]  # of float32 rows
 
-PEAK = """
-import resource, sys
+# VmHWM is the process's own; ru_maxrss may be that of the process that started it.
+CONVERTER = """
+import json, re, sys, time
+from pathlib import Path
 sys.path.insert(0, {root!r})
 import dev
 dev.register_pack()
 from auraflow_gguf.quantizer.convert import convert
-convert({source!r}, {target!r}, {type!r})
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+begin = time.perf_counter()
+convert({source!r}, {target!r}, {type!r}, overwrite=True)
+seconds = time.perf_counter() - begin
+status = Path("/proc/self/status")
+peak = re.search(r"VmHWM:\\s+(\\d+) kB", status.read_text()) if status.exists() else None
+print(json.dumps([seconds, 1024 * int(peak[1]) if peak else None]))
 """
 
 
-def measure(pairs: int, double_layers: int = 1, single_layers: int = 1) -> dict:
+def measure(pairs: int, *, full_size: bool = False) -> dict:
     """The ratios of `convert` to each quantizer alone, and the memory that a process that converts takes at most.
 
-    The checkpoint has AuraFlow's width and random weights; it is in the page cache. The quantizers get their float32
-    rows in memory, and what they give is thrown away: they neither read nor write.
+    The checkpoint has AuraFlow's width and random weights. ``full_size`` takes 18 GB of disk, and minutes for each run;
+    then only ggml's library is measured beside. The files are deleted at the end.
+
+    Raises:
+        ggml.Unavailable: ggml's library is not to be had here.
     """
-    threads = os.cpu_count() or 1
-    source = cache_folder() / "benchmarks" / f"auraflow-{double_layers}-{single_layers}.safetensors"
-    if not source.exists():
-        source.parent.mkdir(parents=True, exist_ok=True)
-        make_auraflow(source, double_layers, single_layers, seed=0)
-    tensors = list(_quantized_tensors(source))
     oracle = ggml.load()
-    with TemporaryDirectory(dir=source.parent) as folder, ThreadPoolExecutor(threads) as pool:
-        target = Path(folder, "model.gguf")
-        alone = {
-            "ggml": lambda: _with_ggml(pool, oracle, tensors),
-            "libgguf": lambda: _with_libgguf(tensors),
+    threads = os.cpu_count() or 1
+    parent = cache_folder() / "benchmarks"
+    parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=parent) as folder, ThreadPoolExecutor(threads) as pool:
+        source, target = Path(folder, "auraflow.safetensors"), Path(folder, "auraflow.gguf")
+        size = FULL_SIZE if full_size else SMALL
+        make_auraflow(source, **size, seed=0)
+        alone: dict[str, Quantizer] = {
+            "ggml": lambda rows, quant_type: _in_threads(pool, oracle.quantize, rows, quant_type)
         }
-        ratios = {
-            name: side_by_side(baseline, lambda: convert(source, target, TYPE, overwrite=True), pairs)
-            for name, baseline in alone.items()
-        }
+        if not full_size:  # this one threads by itself
+            alone["libgguf"] = lambda rows, quant_type: quantize(torch.from_numpy(rows), quant_type)
+        times, peaks = [], []
+        for _ in range(pairs):
+            ours, peak = _convert(source, target)
+            times.append((ours, _seconds_alone(source, alone)))
+            peaks.append(peak)
         return {
             "type": TYPE,
-            "layers": [double_layers, single_layers],
+            "layers": [size["double_layers"], size["single_layers"]],
             "threads": threads,
-            "weights": sum(rows.size for rows, _ in tensors),
-            **{f"beside_{name}": asdict(ratio) for name, ratio in ratios.items()},
-            "peak_bytes": _peak(source, target.with_name("peak.gguf")),
+            "source_bytes": source.stat().st_size,
+            **{f"beside_{name}": asdict(Ratio.of([(other[name], ours) for ours, other in times])) for name in alone},
+            "peak_bytes": None if None in peaks else max(peaks),
         }
+
+
+def _convert(source: Path, target: Path) -> tuple[float, int | None]:
+    """Seconds, and bytes resident at most, of a process that converts; None where the system does not say them."""
+    root = str(Path(__file__).resolve().parent.parent)
+    script = CONVERTER.format(root=root, source=str(source), target=str(target), type=TYPE)
+    process = subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE, text=True)
+    return tuple(json.loads(process.stdout))
+
+
+def _seconds_alone(source: Path, quantizers: dict[str, Quantizer]) -> dict[str, float]:
+    """What each quantizer takes for all tensors together; one tensor is in memory at a time."""
+    sums = dict.fromkeys(quantizers, 0.0)
+    for rows, quant_type in _quantized_tensors(source):
+        for name, quantizer in quantizers.items():
+            sums[name] += seconds(lambda: quantizer(rows, quant_type))  # noqa: B023
+    return sums
 
 
 def _quantized_tensors(source: Path) -> Iterator[tuple[np.ndarray, QuantType]]:
@@ -88,23 +119,7 @@ def _quantized_tensors(source: Path) -> Iterator[tuple[np.ndarray, QuantType]]:
             yield checkpoint.read(tensor.name).float().numpy(), quant_type
 
 
-def _with_ggml(pool: ThreadPoolExecutor, oracle: ggml.Ggml, tensors: Tensors) -> None:
-    pieces = [
-        (rows[begin : begin + ROWS], quant_type) for rows, quant_type in tensors for begin in range(0, len(rows), ROWS)
-    ]
-    for _ in pool.map(lambda piece: oracle.quantize(*piece), pieces):
+def _in_threads(pool: ThreadPoolExecutor, quantizer: Quantizer, rows: np.ndarray, quant_type: QuantType) -> None:
+    pieces = [rows[begin : begin + ROWS] for begin in range(0, len(rows), ROWS)]
+    for _ in pool.map(lambda piece: quantizer(piece, quant_type), pieces):
         pass
-
-
-def _with_libgguf(tensors: Tensors) -> None:
-    for rows, quant_type in tensors:
-        quantize(torch.from_numpy(rows), quant_type)  # as many threads as there are cores
-
-
-def _peak(source: Path, target: Path) -> int | None:
-    """Bytes resident at most in a process that converts; None where the system does not say it in KiB."""
-    if sys.platform != "linux":
-        return None
-    root = str(Path(__file__).resolve().parent.parent)
-    script = PEAK.format(root=root, source=str(source), target=str(target), type=TYPE)
-    return int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)

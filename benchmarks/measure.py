@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,6 +28,14 @@ class Ratio:
     high: float
     baseline_seconds: float
     subject_seconds: float
+
+    @classmethod
+    def of(cls, times: Sequence[tuple[float, float]]) -> Ratio:
+        """From the seconds of each pair, the baseline's first."""
+        ratios = [subject / base for base, subject in times]
+        low, median, high = statistics.quantiles(ratios * 2 if len(ratios) == 1 else ratios, n=4, method="inclusive")
+        base_times, subject_times = zip(*times, strict=True)
+        return cls(median, low, high, statistics.median(base_times), statistics.median(subject_times))
 
     def __str__(self) -> str:
         return f"{self.median:.2f} × ({self.low:.2f}–{self.high:.2f})"
@@ -53,9 +61,7 @@ def side_by_side(baseline: Callable[[], object], subject: Callable[[], object], 
         else:
             baseline_time, subject_time = seconds(baseline), seconds(subject)
         times.append((baseline_time, subject_time))
-    low, median, high = statistics.quantiles((subject / base for base, subject in times), n=4, method="inclusive")
-    base_times, subject_times = zip(*times, strict=True)
-    return Ratio(median, low, high, statistics.median(base_times), statistics.median(subject_times))
+    return Ratio.of(times)
 
 
 def anonymous_bytes() -> int | None:

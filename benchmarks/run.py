@@ -1,4 +1,7 @@
-"""``python dev.py bench``: measures everything on this machine, prints it, and writes ``benchmarks/results.json``."""
+"""``python dev.py bench``: measures everything on this machine and prints it.
+
+All of it together goes into ``benchmarks/results.json`` and the README's chart, ``benchmarks/results.svg``.
+"""
 
 from __future__ import annotations
 
@@ -7,34 +10,126 @@ import json
 import sys
 from pathlib import Path
 
+import torch
+
 from ..devtools.hosts import Host
 from ..devtools.server import device_arguments
+from . import chart
 from .measure import machine
 
 RESULTS = Path(__file__).with_name("results.json")
+TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_XS", "IQ4_NL", "Q3_K", "Q2_K", "BF16")
+CONVERSIONS = 3  # each takes half a minute, and they vary little
 
 
 def main(arguments: list[str], hosts: list[Host]) -> int:
-    parser = argparse.ArgumentParser(prog="python dev.py bench", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python dev.py bench", description=__doc__.partition("\n")[0])
     parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs of runs for each ratio")
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the figures go, as JSON")
+    parser.add_argument("--part", action="append", choices=PARTS, help="measure only this; may be repeated")
+    parser.add_argument("--type", action="append", choices=TYPES, help="measure only this; may be repeated")
+    parser.add_argument(
+        "--full-size", action="store_true", help="convert a 13.7 GB checkpoint, once; takes 18 GB of disk and minutes"
+    )
+    parser.add_argument("--output", type=Path, default=RESULTS, help="where the figures go, as JSON and as a chart")
     options = parser.parse_args(arguments)
     if not hosts:
         print("There is no ComfyUI here to measure in: set COMFYUI_PATH.", file=sys.stderr)
         return 1
     _enter(hosts[0])
-    from . import load, step
-
-    print(f"{machine()}, ComfyUI {hosts[0].version}")
-    results = {"machine": machine(), "comfyui": hosts[0].version}
-    print("\nLoading a full-size file")
-    results["load"] = load.measure()
-    print(json.dumps(results["load"], indent=2))
-    print(f"\nA step beside the dense weights: {step.SETTING_TEXT}")
-    results["step"] = {"setting": step.SETTING_TEXT, "rows": step.measure(options.pairs)}
+    types = tuple(options.type or TYPES)
+    this = {"machine": machine(), "comfyui": hosts[0].version}
+    print(f"{this['machine']}, ComfyUI {hosts[0].version}")
+    results = _measured_before(options.output, this) if options.part else {}
+    results |= this
+    for part in options.part or PARTS:
+        print(f"\n{part}")
+        if figures := PARTS[part](types, options):
+            results[part] = figures
     options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"\nWritten to {options.output}")
+    if {"dequantize", "step"} <= results.keys():
+        options.output.with_suffix(".svg").write_text(chart.draw(results), encoding="utf-8")
     return 0
+
+
+def _measured_before(path: Path, this: dict) -> dict:
+    """The figures of this machine and host beside which a part stands that is measured alone."""
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    return before if this.items() <= before.items() else {}
+
+
+def _load(types: tuple[str, ...], options: argparse.Namespace) -> dict:
+    from . import load
+
+    figures = load.measure()
+    print(json.dumps(figures, indent=2))
+    return {"setting": load.SETTING_TEXT, **figures}
+
+
+def _memory(types: tuple[str, ...], options: argparse.Namespace) -> dict:
+    from . import memory
+
+    return {"setting": memory.SETTING_TEXT, "rows": memory.measure(types)}
+
+
+def _dequantize(types: tuple[str, ...], options: argparse.Namespace) -> dict:
+    from . import dequantize
+
+    return {"setting": dequantize.SETTING_TEXT, "rows": dequantize.measure(types)}
+
+
+def _gpu(types: tuple[str, ...], options: argparse.Namespace) -> None:
+    from . import gpu_dequantize
+
+    if torch.cuda.is_available():
+        gpu_dequantize.main(["--output", str(options.output.with_name("gpu_dequantize.json"))])
+    else:
+        print("left out: there is no GPU")
+
+
+def _step(types: tuple[str, ...], options: argparse.Namespace) -> dict:
+    from . import step
+
+    return {"setting": step.SETTING_TEXT, "rows": step.measure(options.pairs, types)}
+
+
+def _modulation(types: tuple[str, ...], options: argparse.Namespace) -> dict:
+    from . import modulation
+
+    return {"setting": modulation.SETTING_TEXT, **modulation.measure(options.pairs)}
+
+
+def _lora(types: tuple[str, ...], options: argparse.Namespace) -> dict:
+    from . import lora
+
+    return {"setting": lora.SETTING_TEXT, "rows": lora.measure(options.pairs)}
+
+
+def _convert(types: tuple[str, ...], options: argparse.Namespace) -> dict | None:
+    from ..tests.quantizer.ggml import Unavailable
+    from . import convert
+
+    try:
+        repeats = 1 if options.full_size else min(options.pairs, CONVERSIONS)
+        figures = convert.measure(repeats, full_size=options.full_size)
+    except Unavailable as reason:
+        print(f"left out: {reason}")
+        return None
+    print(json.dumps(figures, indent=2))
+    return figures
+
+
+PARTS = {
+    "load": _load,
+    "memory": _memory,
+    "dequantize": _dequantize,
+    "gpu": _gpu,
+    "step": _step,
+    "modulation": _modulation,
+    "lora": _lora,
+    "convert": _convert,
+}
+"""A function for each part, which gives its figures; their modules need ComfyUI on the import path."""
 
 
 def _enter(host: Host) -> None:

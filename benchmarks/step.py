@@ -9,16 +9,15 @@ import torch
 
 from ..loader.model import load_model
 from ..tests.host.aura_files import load_dense, make_gguf
-from ..tests.host.forward import forward
+from ..tests.host.forward import forward, sampler_options
 from .measure import anonymous_bytes, side_by_side
 
-TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q4_K", "Q4_0", "IQ4_XS", "Q3_K", "Q2_K", "BF16")
 SETTING = {"size": 32, "tokens": 64}  # 16 × 16 = 256 image tokens
 SETTING_TEXT = "AuraFlow of 1 double and 1 single layer at full width, 256 image and 64 text tokens, batch 1, float32"
 
 
 @torch.inference_mode()
-def measure(pairs: int, types: tuple[str, ...] = TYPES) -> list[dict]:
+def measure(pairs: int, types: tuple[str, ...]) -> list[dict]:
     """One row a type: the ratio of a step to the dense model's, and the packed and the dense size in bytes."""
     rows = []
     device = comfy.model_management.get_torch_device()
@@ -27,10 +26,15 @@ def measure(pairs: int, types: tuple[str, ...] = TYPES) -> list[dict]:
         dense, packed = load_dense(path), load_model(path, torch.float32)
         for patcher in (dense, packed):
             patcher.patch_model(device)
+        options = sampler_options(packed)
         memory = anonymous_bytes()
-        forward(packed, **SETTING)
+        forward(packed, **SETTING, options=options)
         grown = anonymous_bytes() - memory if memory is not None else None
-        ratio = side_by_side(lambda: forward(dense, **SETTING), lambda: forward(packed, **SETTING), pairs)  # noqa: B023
+        ratio = side_by_side(
+            lambda: forward(dense, **SETTING),  # noqa: B023
+            lambda: forward(packed, **SETTING, options=options),  # noqa: B023
+            pairs,
+        )
         rows.append(
             {
                 "type": type_name,

@@ -27,6 +27,7 @@ README_PICTURE = ROOT / "docs" / "graph.png"
 # The template whose graph shows a node, and in columns what of it is in the picture.
 _HELP = {
     "AuraFlowGGUFLoader": ("text_to_image", (("loader",), ("sampling",))),
+    "AuraFlowGGUFTextEncoderLoader": ("text_to_image", (("clip",), ("positive",))),
     "AuraFlowLoraLoader": ("text_to_image_lora", (("loader",), ("lora",), ("sampling",))),
     "AuraFlowGGUFConvert": ("convert_and_save", (("convert",),)),
     "AuraFlowGGUFSave": ("convert_and_save", (("loader",), ("lora",), ("save",))),
@@ -40,7 +41,7 @@ _MARGIN = 24  # around a picture's nodes, in pixels
 THUMBNAIL = (640, 400)
 _NAMES = {  # files that the templates name
     "diffusion_models": ("auraflow-v0.3.safetensors",),
-    "text_encoders": ("pile_t5xl_fp16.safetensors",),
+    "text_encoders": ("pile-t5-xl-Q4_K_M.gguf",),
     "vae": ("sdxl_vae.safetensors",),
     "loras": ("my-style.safetensors",),
 }

@@ -16,7 +16,7 @@ def main(arguments: list[str], hosts: list[Host]) -> int:
     parser = argparse.ArgumentParser(prog="dev.py demo", description=__doc__)
     parser.add_argument("--keep", action="store_true", help="leave the server up, for the browser")
     parser.add_argument("--model", type=_file, help="an AuraFlow GGUF file (else: two layers of random weights)")
-    parser.add_argument("--text-encoder", type=_file, help="Pile-T5-XL (else: random weights)")
+    parser.add_argument("--text-encoder", type=_file, help="Pile-T5-XL, GGUF or not (else: random weights)")
     parser.add_argument("--vae", type=_file, help="SDXL's VAE (else: random weights)")
     parser.add_argument("--prompt", help="what to paint")
     parser.add_argument("--steps", type=int, default=4, help="of the sampler, default 4; real models want 20 or more")
@@ -41,15 +41,14 @@ def _file(text: str) -> Path:
 
 
 def _in_comfyui(host: Host, options: argparse.Namespace, output: Path) -> int:
-    from .server import PromptError, Server, ServerError, load_workflow, set_inputs
-    from .templates import set_text_encoder
+    from .server import PromptError, Server, ServerError, load_workflow, set_inputs, set_text_encoder
 
     model = options.model or random_models.cached_auraflow()
     text_encoder = options.text_encoder or random_models.cached_text_encoder()
     vae = options.vae or random_models.cached_vae()
     workflow = load_workflow("text_to_image")
     set_inputs(workflow, "AuraFlowGGUFLoader", model_name=model.name)
-    set_text_encoder(workflow, text_encoder.name)
+    set_text_encoder(workflow, text_encoder)
     set_inputs(workflow, "VAELoader", vae_name=vae.name)
     set_inputs(workflow, "EmptyLatentImage", width=512, height=512)
     set_inputs(workflow, "KSampler", steps=options.steps)

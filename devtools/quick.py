@@ -9,8 +9,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from . import random_models
-from .server import Server, Workflow
-from .templates import set_text_encoder
+from .server import Server, Workflow, set_text_encoder
 
 LORA = "my-style.safetensors"
 
@@ -40,7 +39,7 @@ def small(workflow: Workflow) -> Workflow:
     for node in workflow.values():
         node["inputs"].update(values.get(node["class_type"], {}))
     if "clip" in workflow:
-        set_text_encoder(workflow, random_models.cached_text_encoder().name)
+        set_text_encoder(workflow, random_models.cached_text_encoder())
     return workflow
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
@@ -15,15 +16,20 @@ import gguf
 import numpy as np
 import torch
 
-from ..loader.architecture import Match, Size, annotations, match
+from ..loader.architecture import NATIVE, Architecture, Match, Size, annotations, match
 from ..loader.auraflow import AURAFLOW
-from ..quantizer.convert import convert
-from ..quantizer.recipe import recipe_for
-from ..quantizer.writer import ALIGNMENT, TensorSpec
+from ..loader.pile_t5 import HEAD_SIZE, PILE_T5_XL, STACK
+from ..loader.quant_types.base import QuantType
+from ..quantizer.convert import CHUNK, convert, quantize
+from ..quantizer.recipe import Recipe, recipe_for
+from ..quantizer.writer import ALIGNMENT, TensorSpec, write_gguf
 from .cache import cache_folder, locked
 
-VERSION = 1
+VERSION = 2
 """Part of the cached files' names: to be raised when what is in them changes."""
+
+BLOCKS = 4096
+"""Of each type and size of row, in a file that is packed without being quantized."""
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -49,8 +55,14 @@ def cached_checkpoint() -> Path:
 
 
 def cached_text_encoder() -> Path:
-    """A Pile-T5-XL text encoder, made if it is lacking."""
-    return _cached("text_encoders", "random-pile-t5-xl.safetensors", make_text_encoder)
+    """A Pile-T5-XL text encoder as a Q8_0 GGUF file, made if it is lacking."""
+
+    def make(target: Path) -> None:
+        source = target.with_suffix(".safetensors")
+        make_text_encoder(source)
+        convert(source, target, "Q8_0")
+
+    return _cached("text_encoders", "random-pile-t5-xl-Q8_0.gguf", make)
 
 
 def cached_vae() -> Path:
@@ -102,22 +114,72 @@ def make_auraflow(
     write_safetensors(path, shapes, values, dtype)
 
 
+def make_packed_auraflow(
+    path: Path, recipe: Recipe, double_layers: int, single_layers: int, positional: int = 4096, seed: int = 0
+) -> None:
+    """Writes an AuraFlow transformer at full width as a GGUF file without quantizing all of it.
+
+    Each quantized tensor is put together at random from ``BLOCKS`` blocks that are quantized: the numbers are those of
+    a converted file, and take seconds to make in any type.
+
+    Args:
+        path: the file; overwritten.
+        recipe: which type each tensor gets.
+        double_layers, single_layers: how many of each.
+        positional: N, the square number of positional encodings.
+        seed: of everything.
+    """
+    shapes = auraflow_shapes(double_layers, single_layers, positional)
+    tensors = [TensorSpec(name, shape, recipe.type_of(name, shape, torch.bfloat16)) for name, shape in shapes.items()]
+    random = np.random.default_rng(seed)
+
+    @functools.cache
+    def blocks(quant_type: QuantType, columns: int) -> np.ndarray:
+        weights = random_weight(f"{quant_type.name}-{columns}", (BLOCKS, quant_type.block_size), seed)
+        scale = math.sqrt(quant_type.block_size / columns)  # as of a tensor with so many columns
+        return quantize(weights * scale, quant_type)
+
+    def data(tensor: TensorSpec) -> Iterator[memoryview]:
+        if tensor.type.block_size == 1:
+            weight = random_weight(tensor.name, tensor.shape, seed)
+            yield memoryview(quantize(weight.reshape(-1, tensor.shape[-1]), tensor.type))
+            return
+        made = blocks(tensor.type, tensor.shape[-1])
+        for begin in range(0, tensor.size, CHUNK):
+            chosen = random.integers(BLOCKS, size=min(CHUNK, tensor.size - begin) // tensor.type.block_size)
+            yield memoryview(made[chosen])
+
+    write_gguf(path, {"general.architecture": AURAFLOW.name}, tensors, data, overwrite=True)
+
+
 def auraflow_shapes(double_layers: int, single_layers: int, positional: int = 4096) -> Shapes:
     """Shapes of AuraFlow's required tensors by native name, at ComfyUI's width."""
-    sizes = {**AURAFLOW.fixed, "positional_encoding_length": positional}
-    layers = {"double_layers": double_layers, "single_layers": single_layers}
+    sizes = {"positional_encoding_length": positional, "double_layers": double_layers, "single_layers": single_layers}
+    return native_shapes(AURAFLOW, AURAFLOW.fixed | sizes)
+
+
+def native_shapes(architecture: Architecture, sizes: Mapping[str, int]) -> Shapes:
+    """Shapes of a model's required tensors by native name, given all dimensions and the numbers of layers by stack."""
     return {
-        row.name("native", layer): tuple(s.times * sizes[s.dimension] if isinstance(s, Size) else s for s in row.shape)
-        for row in AURAFLOW.rows
+        row.name(NATIVE, layer): tuple(s.times * sizes[s.dimension] if isinstance(s, Size) else s for s in row.shape)
+        for row in architecture.rows
         if row.required
-        for layer in (range(layers[row.stack]) if row.stack else [None])
+        for layer in (range(sizes[row.stack]) if row.stack else [None])
     }
 
 
-def make_text_encoder(path: Path, seed: int = 0) -> None:
-    """Writes a Pile-T5-XL encoder (2.4 GB, float16) with the names of the published files."""
-    shapes = text_encoder_shapes()
-    write_safetensors(path, shapes, lambda name, shape: random_weight(name, shape, seed), torch.float16)
+def make_text_encoder(path: Path, seed: int = 0, layers: int = 24) -> None:
+    """Writes a Pile-T5-XL encoder (2.4 GB, float16) with the names of the published files.
+
+    T5 does not divide attention's logits by √(head size); as in T5's own initialization, the weights of the queries
+    are smaller instead. Without, each layer magnifies float32's rounding.
+    """
+
+    def values(name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        weight = random_weight(name, shape, seed)
+        return weight / math.sqrt(HEAD_SIZE) if name.endswith("SelfAttention.q.weight") else weight
+
+    write_safetensors(path, native_shapes(PILE_T5_XL, PILE_T5_XL.fixed | {STACK: layers}), values, torch.float16)
 
 
 def make_vae(path: Path, seed: int = 0) -> None:
@@ -158,24 +220,6 @@ def write_safetensors(
         file.write(len(head).to_bytes(8, "little") + head)
         for name, shape in shapes.items():
             values(name, shape).to(dtype).flatten().view(torch.uint8).numpy().tofile(file)
-
-
-def text_encoder_shapes() -> Shapes:
-    """Shapes of Pile-T5-XL's encoder; ComfyUI's ``comfy/text_encoders/t5_pile_config_xl.json``."""
-    hidden, mlp, heads, buckets = 2048, 5120, 32, 32
-    shapes: Shapes = {"shared.weight": (32128, hidden)}
-    for index in range(24):
-        attention, feed_forward = (f"encoder.block.{index}.layer.{part}" for part in (0, 1))
-        for projection in "qkvo":
-            shapes[f"{attention}.SelfAttention.{projection}.weight"] = (hidden, hidden)
-        shapes[f"{attention}.SelfAttention.relative_attention_bias.weight"] = (buckets, heads)
-        shapes[f"{attention}.layer_norm.weight"] = (hidden,)
-        shapes[f"{feed_forward}.DenseReluDense.wi_0.weight"] = (mlp, hidden)
-        shapes[f"{feed_forward}.DenseReluDense.wi_1.weight"] = (mlp, hidden)
-        shapes[f"{feed_forward}.DenseReluDense.wo.weight"] = (hidden, mlp)
-        shapes[f"{feed_forward}.layer_norm.weight"] = (hidden,)
-    shapes["encoder.final_layer_norm.weight"] = (hidden,)
-    return shapes
 
 
 def vae_shapes() -> Shapes:

@@ -61,6 +61,15 @@ def set_inputs(workflow: Workflow, class_type: str, **inputs: Any) -> None:
     node["inputs"].update(inputs)
 
 
+def set_text_encoder(workflow: Workflow, path: Path) -> None:
+    """Has the node ``clip`` load a text encoder, GGUF or not, by the node that loads such files."""
+    workflow["clip"] = (
+        {"class_type": "AuraFlowGGUFTextEncoderLoader", "inputs": {"text_encoder_name": path.name}}
+        if path.suffix == ".gguf"
+        else {"class_type": "CLIPLoader", "inputs": {"clip_name": path.name, "type": "stable_diffusion"}}
+    )
+
+
 def device_arguments() -> list[str]:
     """What ``main.py`` has to be told about the device: it finds GPUs itself and refuses to start without one."""
     return [] if torch.cuda.is_available() or torch.backends.mps.is_available() else ["--cpu"]

@@ -29,15 +29,7 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
 
 def text_encoder() -> dict[str, Any]:
     """The node that loads Pile-T5-XL in every workflow."""
-    return node("CLIPLoader", clip_name="pile_t5xl_fp16.safetensors", type="stable_diffusion", device="default")
-
-
-TEXT_ENCODER_INPUT = "clip_name"
-
-
-def set_text_encoder(workflow: Workflow, name: str) -> None:
-    """Have a workflow load another text encoder."""
-    workflow["clip"]["inputs"][TEXT_ENCODER_INPUT] = name
+    return node("AuraFlowGGUFTextEncoderLoader", text_encoder_name="pile-t5-xl-Q4_K_M.gguf")
 
 
 def _loader() -> dict[str, Any]:
@@ -255,7 +247,7 @@ def api_text(workflow: Workflow) -> str:
 # Sizes in the graph's pixels.
 _TITLE, _GAP, _COLUMN_GAP = 30, 40, 60
 _SLOT, _WIDGET, _TEXT = 20, 24, 110
-_WIDTH = 300
+_WIDTH = 350
 _SIZES = {  # of nodes that show more than their widgets
     "SaveImage": (340, 370),
     "LoadImage": (300, 340),

@@ -1,7 +1,7 @@
 """What a file's tensors mean: a table of a model's tensors, and how the names and shapes of a file fit it.
 
-Nothing here knows a particular model. An :class:`Architecture` lists the tensors of one, under the names that its
-authors gave them ("native") and under those of diffusers, with shapes in terms of named dimensions. :func:`match`
+Nothing here knows a particular model. An :class:`Architecture` lists the tensors of one, under the names that ComfyUI
+has for them ("native") and under those of another project, with shapes in terms of named dimensions. :func:`match`
 reads a file's names and shapes against that list: every required tensor has to be there, an optional one may be
 missing, and a tensor that the list does not have is an error, unless it belongs to another part of an all-in-one file.
 """
@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, partial
 from itertools import islice
-from math import isqrt, prod
+from math import isclose, isqrt, prod
 
 from .errors import ModelFileError
 from .recognise import recognise, recognise_architecture
 
-SPELLINGS = ("native", "diffusers")
+NATIVE = "native"
+# Of a transformer; the defaults of an Architecture.
 PREFIXES = ("model.diffusion_model.", "diffusion_model.", "transformer.", "model.", "")
 OTHER_PARTS = ("text_encoders.", "text_encoder.", "cond_stage_model.", "conditioner.", "vae.", "first_stage_model.")
 ORIG_SHAPE = "comfy.gguf.orig_shape."
@@ -60,19 +61,23 @@ class Row:
     """A tensor of the model, or one of each layer of a stack: then ``{}`` in its names stands for the layer's number.
 
     Attributes:
-        native, diffusers: its name in both spellings.
+        native, other: its name in both spellings.
         shape: outermost first, as torch has it.
         required: a file without it is incomplete.
         bare: a parameter that is in no module, with a leading 1 in its shape that files may lack.
-        swap_halves: diffusers has the two halves of its rows the other way round.
+        dense: a small weight that no packed product is made with: it is dequantized when it is loaded.
+        swap_halves: the other spelling has the two halves of its rows the other way round.
+        also: further native names, for a tensor that some files have under another one, or twice.
     """
 
     native: str
-    diffusers: str
+    other: str
     shape: tuple[int | Size, ...]
     required: bool = True
     bare: bool = False
+    dense: bool = False
     swap_halves: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def stack(self) -> str | None:
@@ -81,19 +86,19 @@ class Row:
         return stack if layered else None
 
     def template(self, spelling: str) -> str:
-        return self.native if spelling == "native" else self.diffusers
+        return self.native if spelling == NATIVE else self.other
 
     def name(self, spelling: str, layer: int | None) -> str:
         return self.template(spelling).replace("{}", str(layer))
 
 
 def linear(
-    native: str, diffusers: str, shape: tuple[int | Size, int | Size], *, bias: bool = False, swap_halves: bool = False
+    native: str, other: str, shape: tuple[int | Size, int | Size], *, bias: bool = False, swap_halves: bool = False
 ) -> tuple[Row, Row]:
     """The rows of a linear module: a required weight of ``shape`` (out, in), and a bias, required or optional."""
     return (
-        Row(f"{native}.weight", f"{diffusers}.weight", shape, swap_halves=swap_halves),
-        Row(f"{native}.bias", f"{diffusers}.bias", shape[:1], required=bias, swap_halves=swap_halves),
+        Row(f"{native}.weight", f"{other}.weight", shape, swap_halves=swap_halves),
+        Row(f"{native}.bias", f"{other}.bias", shape[:1], required=bias, swap_halves=swap_halves),
     )
 
 
@@ -111,6 +116,15 @@ class Architecture:
         fixed: dimensions that cannot differ from file to file.
         square: dimensions that have to be square numbers.
         annotations: the dimensions whose sum is written into a file's metadata, by key without the ``<name>.``.
+        constants: what else is written there and has to agree, likewise.
+        conventions: what else is written there and need not agree, likewise.
+        array_lengths: dimensions that are the length of an array in the metadata, by the array's whole key.
+        names_annotated: the metadata list the biases and the spelling too.
+        aliases: other values of ``general.architecture`` that files of the model have.
+        spellings: the native one and the other one.
+        written: the spelling in which files are made.
+        prefixes: what may stand before all names.
+        other_parts: how names begin that belong to other parts than this model, with the prefix or without.
     """
 
     name: str
@@ -121,12 +135,24 @@ class Architecture:
     fixed: Mapping[str, int]
     square: tuple[str, ...]
     annotations: Mapping[str, tuple[str, ...]]
+    constants: Mapping[str, object] = field(default_factory=dict)
+    conventions: Mapping[str, object] = field(default_factory=dict)
+    array_lengths: Mapping[str, str] = field(default_factory=dict)
+    names_annotated: bool = True
+    aliases: tuple[str, ...] = ()
+    spellings: tuple[str, str] = (NATIVE, "diffusers")
+    written: str = NATIVE
+    prefixes: tuple[str, ...] = PREFIXES
+    other_parts: tuple[str, ...] = OTHER_PARTS
 
     @cached_property
     def _index(self) -> dict[str, dict[tuple[str, ...], Row]]:
-        return {
-            spelling: {tuple(row.template(spelling).split(".{}.")): row for row in self.rows} for spelling in SPELLINGS
+        index = {
+            spelling: {tuple(row.template(spelling).split(".{}.")): row for row in self.rows}
+            for spelling in self.spellings
         }
+        index[NATIVE] |= {tuple(name.split(".{}.")): row for row in self.rows for name in row.also}
+        return index
 
     def find(self, name: str, spelling: str) -> tuple[Row, int | None] | None:
         """The row of a tensor's name (without prefix) and its layer's number, or None when it is not in the table."""
@@ -138,13 +164,18 @@ class Architecture:
             return row, int(number[1])
         return None
 
+    def written_name(self, native: str) -> str:
+        """The name under which a made file has the tensor of a native name."""
+        row, layer = self.find(native, NATIVE)
+        return row.name(self.written, layer)
+
     def spell(self, name: str, spelling: str) -> str:
         """Translate a tensor's name from the other spelling into ``spelling``.
 
         Raises:
             ValueError: when the other spelling has no such name.
         """
-        other = "native" if spelling == "diffusers" else "diffusers"
+        (other,) = (known for known in self.spellings if known != spelling)
         found = self.find(name, other)
         if found is None:
             raise ValueError(f"{name} is not among the {other} names of {self.title}")
@@ -172,11 +203,12 @@ class Match:
     """How a file's tensors make up a model.
 
     Attributes:
-        spelling: ``"native"`` or ``"diffusers"``.
+        spelling: one of the architecture's.
         prefix: what stands before the names of the model's tensors, ``""`` for nothing.
         weights: the weights by native name, in the file's order.
         dimensions: the numbers of layers by stack, and the architecture's named dimensions.
-        skipped: names in the file that belong to other parts than this model (text encoder, VAE).
+        skipped: names in the file that belong to other parts than this model (such as a VAE), or of tensors that the
+            file has twice.
         architecture: what was matched.
     """
 
@@ -218,7 +250,8 @@ def match(
     """
     reading = _Reading(architecture, shapes, metadata, path)
     reading.check_kind()
-    dimensions = dict(architecture.fixed if fixed is None else fixed) | reading.count_layers()
+    fixed = architecture.fixed if fixed is None else fixed
+    dimensions = dict(fixed) | reading.count_layers(fixed)
     reading.check_names(dimensions)
     weights = reading.fit_shapes(dimensions)
     result = Match(reading.spelling, reading.prefix, weights, dimensions, tuple(reading.skipped), architecture)
@@ -226,16 +259,30 @@ def match(
     return result
 
 
-def annotations(match: Match) -> dict[str, object]:
-    """The metadata that describe a matched file: GGUF's keys with their values (docs/format.md)."""
+def choose(architectures: Sequence[Architecture], shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
+    """The first of the models that a file's tensors may make up; the first of all where they make up none."""
+    readings = (_Reading(architecture, shapes, {}, "") for architecture in architectures)
+    return next((reading.architecture for reading in readings if reading.is_of_the_kind()), architectures[0])
+
+
+def annotations(match: Match, name: str | None = None) -> dict[str, object]:
+    """The metadata that describe a matched file: GGUF's keys with their values (docs/format.md).
+
+    Args:
+        match: the file.
+        name: the ``general.architecture`` under which they stand, one of the architecture's aliases.
+    """
     architecture, dimensions = match.architecture, match.dimensions
-    values: dict[str, object] = {"general.architecture": architecture.name}
+    name = name or architecture.name
+    values: dict[str, object] = {"general.architecture": name}
     for key, parts in architecture.annotations.items():
         if all(part in dimensions for part in parts):
-            values[f"{architecture.name}.{key}"] = sum(dimensions[part] for part in parts)
-    biased = [name.removesuffix(".bias") for name in match.weights if name.endswith(".bias")]
-    values[f"{architecture.name}.bias"] = sorted(biased)
-    values[f"{architecture.name}.tensor_names"] = match.spelling
+            values[f"{name}.{key}"] = sum(dimensions[part] for part in parts)
+    values |= {f"{name}.{key}": value for key, value in architecture.constants.items()}
+    if architecture.names_annotated:
+        biased = [weight.removesuffix(".bias") for weight in match.weights if weight.endswith(".bias")]
+        values[f"{name}.bias"] = sorted(biased)
+        values[f"{name}.tensor_names"] = match.spelling
     return values
 
 
@@ -282,30 +329,46 @@ class _Reading:
         self.shapes = shapes
         self.metadata = metadata
         self.path = path
-        self.spelling, self.prefix = SPELLINGS[0], ""
+        self.spelling, self.prefix = NATIVE, ""
         self.found: dict[str, _Found] = {}
-        for prefix in PREFIXES:
-            for spelling in SPELLINGS:
+        for prefix in architecture.prefixes:
+            for spelling in architecture.spellings:
                 found = self._find(spelling, prefix)
                 if len(found) > len(self.found):
                     self.spelling, self.prefix, self.found = spelling, prefix, found
         named = {tensor.name for tensor in self.found.values()}
-        self.skipped = [name for name in shapes if name not in named and name.startswith(OTHER_PARTS)]
-        self.unknown = [name for name in shapes if name not in named and not name.startswith(OTHER_PARTS)]
+        self.skipped = [name for name in shapes if name not in named and self._is_left_out(name)]
+        self.unknown = [name for name in shapes if name not in named and not self._is_left_out(name)]
 
     def _find(self, spelling: str, prefix: str) -> dict[str, _Found]:
         found = {}
         for name in self.shapes:
             if name.startswith(prefix) and (hit := self.architecture.find(name.removeprefix(prefix), spelling)):
                 row, layer = hit
-                found[row.name("native", layer)] = _Found(row, layer, name)
+                native = row.name(NATIVE, layer)
+                if native not in found or name == prefix + row.name(spelling, layer):
+                    found[native] = _Found(row, layer, name)
         return found
 
-    def check_kind(self) -> None:
-        """Tell a file of another model from an incomplete one, which has at least half of the kinds of tensors."""
-        title = self.architecture.title
+    def _is_left_out(self, name: str) -> bool:
+        """Whether a tensor belongs to another part, or is one of the model's for the second time."""
+        inner = name.removeprefix(self.prefix)
+        twice = name.startswith(self.prefix) and self.architecture.find(inner, self.spelling)
+        return (
+            bool(twice)
+            or name.startswith(self.architecture.other_parts)
+            or inner.startswith(self.architecture.other_parts)
+        )
+
+    def is_of_the_kind(self) -> bool:
+        """Whether the file has at least half of the kinds of tensors: it is the model, if perhaps incomplete."""
         required = sum(row.required for row in self.architecture.rows)
-        if 2 * len({tensor.row for tensor in self.found.values() if tensor.row.required}) >= required:
+        return 2 * len({tensor.row for tensor in self.found.values() if tensor.row.required}) >= required
+
+    def check_kind(self) -> None:
+        """Tell a file of another model from an incomplete one."""
+        title = self.architecture.title
+        if self.is_of_the_kind():
             return
         recognised = recognise(self.shapes, self.metadata)
         if recognised and recognised.what != title:
@@ -315,11 +378,26 @@ class _Reading:
             what = f"{len(names)} tensors of an unknown model ({listed(names)})" if names else "no tensors"
             raise ModelFileError(self.path, found=what, expected=title, advice=self.architecture.advice)
 
-    def count_layers(self) -> dict[str, int]:
+    def check_look_alike(self, *, throughout: bool) -> None:
+        """Tell a model with names of this one from a damaged file, when something is wrong with the tensors.
+
+        Args:
+            throughout: it is wrong with half of them, so that another model of the same family will be meant too.
+        """
+        shapes = {tensor.name: self.shapes[tensor.name] for tensor in self.found.values()}
+        recognised = recognise(shapes, {})
+        if not throughout and recognised == recognise_architecture(self.architecture.name):
+            return
+        if recognised and recognised.what != self.architecture.title:
+            raise ModelFileError(
+                self.path, found=recognised.what, expected=self.architecture.title, advice=recognised.advice
+            )
+
+    def count_layers(self, fixed: Mapping[str, int]) -> dict[str, int]:
         counts = {}
         for stack, least in self.architecture.layers.items():
             numbers = {tensor.layer for tensor in self.found.values() if tensor.row.stack == stack}
-            counts[stack] = max(len(numbers), least)
+            counts[stack] = fixed.get(stack, max(len(numbers), least))
             absent = sorted(set(range(max(numbers, default=-1) + 1)) - numbers)
             if absent:
                 raise ModelFileError(
@@ -328,18 +406,28 @@ class _Reading:
                     expected="layers numbered without holes",
                     advice="Layers were lost or removed: download the file again, or convert the model again.",
                 )
+            if len(numbers) > counts[stack]:
+                self.check_look_alike(throughout=True)
+                raise ModelFileError(
+                    self.path,
+                    found=f"{len(numbers)} layers of {stack}",
+                    expected=f"{counts[stack]}",
+                    advice=f"The file is not {self.architecture.title} of the known size: use another file.",
+                )
         return counts
 
     def check_names(self, counts: Mapping[str, int]) -> None:
         title = self.architecture.title
-        wanted, missing = 0, []
+        wanted, missing, throughout = 0, [], False
         for row in self.architecture.rows:
             if row.required:
-                for layer in range(counts[row.stack]) if row.stack else [None]:
-                    wanted += 1
-                    if row.name("native", layer) not in self.found:
-                        missing.append(self.prefix + row.name(self.spelling, layer))
+                layers = range(counts[row.stack]) if row.stack else [None]
+                absent = [layer for layer in layers if row.name(NATIVE, layer) not in self.found]
+                wanted += len(layers)
+                missing += [self.prefix + row.name(self.spelling, layer) for layer in absent]
+                throughout |= len(layers) > 1 and 2 * len(absent) >= len(layers)
         if missing:
+            self.check_look_alike(throughout=throughout)
             instead = f", but with the unknown {listed(self.unknown)}" if self.unknown else ""
             have = f"{wanted - len(missing)} of the {wanted} tensors of {title}"
             raise TensorsError(
@@ -367,8 +455,9 @@ class _Reading:
             wanted = _bind(tensor.row.shape, shape, dimensions)
             if shape != wanted:
                 wrong.append((tensor.name, shape, wanted))
-            weights[native] = Source(tensor.name, shape, tensor.row.swap_halves and self.spelling == "diffusers")
+            weights[native] = Source(tensor.name, shape, tensor.row.swap_halves and self.spelling != NATIVE)
         if wrong:
+            self.check_look_alike(throughout=2 * len(wrong) >= len(weights))
             name, shape, wanted = wrong[0]
             more = f", one of {len(wrong)} wrong shapes" if len(wrong) > 1 else ""
             raise TensorsError(
@@ -434,21 +523,32 @@ def _written(shape: Sequence[int | Size]) -> str:
 
 
 def _check_annotations(match: Match, metadata: Mapping[str, object], path: str) -> None:
-    for key, value in annotations(match).items():
+    name = metadata.get("general.architecture")
+    for key, value in annotations(match, name if name in match.architecture.aliases else None).items():
         if key not in metadata or _same(metadata[key], value):
             continue
         annotated = metadata[key]
         if key == "general.architecture" and not (isinstance(annotated, str) and recognise_architecture(annotated)):
             continue
-        raise ModelFileError(
-            path,
-            found=f"{key} = {_value(annotated)} in its metadata, but {_value(value)} by its tensors",
-            expected="metadata that agree with the tensors",
-            advice="The file was altered or wrongly converted: download it again, or convert the model again.",
-        )
+        raise _contradiction(path, f"{key} = {_value(annotated)}", _value(value))
+    for key, dimension in match.architecture.array_lengths.items():
+        length = match.dimensions[dimension]
+        if _is_array(metadata.get(key)) and len(metadata[key]) != length:
+            raise _contradiction(path, f"{len(metadata[key])} {key}", str(length))
+
+
+def _contradiction(path: str, annotated: str, value: str) -> ModelFileError:
+    return ModelFileError(
+        path,
+        found=f"{annotated} in its metadata, but {value} by its tensors",
+        expected="metadata that agree with the tensors",
+        advice="The file was altered or wrongly converted: download it again, or convert the model again.",
+    )
 
 
 def _same(annotated: object, value: object) -> bool:
+    if isinstance(value, float):  # stored as float32
+        return isinstance(annotated, float) and isclose(annotated, value, rel_tol=1e-6)
     if not isinstance(value, list):
         return annotated == value
     return _is_array(annotated) and len(annotated) == len(value) and {str(item) for item in annotated} == set(value)

@@ -17,7 +17,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class, register_layout_op
 from comfy_kitchen.tensor.base import BaseLayoutParams
 
-from .kernels import packed_linear
+from .kernels import dequantize, packed_linear
 from .quant_types import QUANT_TYPES
 
 LAYOUT_NAME = "AuraFlowGGUFLayout"
@@ -48,7 +48,7 @@ class GGUFLayout(QuantizedLayout):
     @classmethod
     def dequantize(cls, qdata: torch.Tensor, params: GGUFParams) -> torch.Tensor:
         """``(out, row_bytes) uint8`` → ``orig_shape`` in ``orig_dtype``, on the same device."""
-        return QUANT_TYPES[params.quant_type].dequantize(qdata, params.orig_dtype).reshape(params.orig_shape)
+        return dequantize(qdata, QUANT_TYPES[params.quant_type], params.orig_dtype).reshape(params.orig_shape)
 
     @classmethod
     def get_plain_tensors(cls, qtensor: QuantizedTensor) -> tuple[torch.Tensor, ...]:
@@ -66,6 +66,18 @@ register_layout_class(LAYOUT_NAME, GGUFLayout)
 @register_layout_op(torch.ops.aten.linear.default, GGUFLayout)
 def _linear(_, args, kwargs) -> torch.Tensor:
     return _multiply(*args, **kwargs)
+
+
+@register_layout_op(torch.ops.aten.embedding.default, GGUFLayout)
+def _embedding(_, args, kwargs) -> torch.Tensor:
+    return _look_up(*args, **kwargs)
+
+
+def _look_up(weight: QuantizedTensor, indices: torch.Tensor, *options) -> torch.Tensor:
+    """The rows at ``indices`` ``(…)``, dequantized, ``(…, columns)``; the options are about gradients alone."""
+    params = weight._params
+    rows = torch.nn.functional.embedding(indices, weight._qdata)
+    return QUANT_TYPES[params.quant_type].dequantize(rows, params.orig_dtype)
 
 
 def _multiply(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:

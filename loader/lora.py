@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import comfy.lora
 import comfy.utils
+from comfy.model_base import AuraFlow
 from comfy.model_patcher import ModelPatcher
 
 from .architecture import TensorsError, listed
@@ -103,8 +104,11 @@ def load_lora(model: ModelPatcher, path: str | os.PathLike, strength: float) -> 
         strength: factor of the change; may be negative.
 
     Raises:
+        ValueError: when the model is not AuraFlow.
         ModelFileError: when the file is no LoRA, or none of its modules is in the model.
     """
+    if not isinstance(model.model, AuraFlow):
+        raise ValueError(f"The model is {type(model.model).__name__}, not AuraFlow: connect an AuraFlow model.")
     state = comfy.utils.load_torch_file(os.fspath(path), safe_load=True)
     modules = {_SUFFIX.sub("", name) for name in state if _SUFFIX.search(name)}
     if not modules:

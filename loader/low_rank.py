@@ -1,4 +1,4 @@
-"""LoRAs beside a packed weight: ``y = W x + Σ s · up (down x)``, without touching W.
+"""LoRAs beside a packed weight: ``y = W x + Σ s · up (down x)``, without touching W; likewise rows of an embedding.
 
 Merging a LoRA into a packed weight means to dequantize the weight and to form ``up @ down``, in every step. Beside
 it, all LoRAs of one linear are one pair of thin products: their factors are joined along the rank.
@@ -14,7 +14,7 @@ MAX_LOHA_RANK = 256
 
 
 class LowRank:
-    """The joined factors of all LoRAs of one linear.
+    """The joined factors of all LoRAs of one linear or embedding.
 
     Attributes:
         down: ``(rank, in_features)``.
@@ -31,22 +31,39 @@ class LowRank:
 
     def add_to(self, output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
         """``output + up (down input)``, written into ``output`` ``(…, out_features)``."""
-        hidden = torch.nn.functional.linear(input, self.down)
+        hidden = torch.nn.functional.linear(input, self.down.to(input.device))
         rows = output.view(-1, output.shape[-1])
-        rows.addmm_(hidden.view(-1, hidden.shape[-1]), self.up.t())
+        rows.addmm_(hidden.view(-1, hidden.shape[-1]), self.up.to(input.device).t())
         return output
 
+    def add_rows_to(self, output: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
+        """``output + (up down)[indices]``, for an embedding; ``output`` is ``(…, in_features)``."""
+        return output + (torch.nn.functional.embedding(indices, self.up) @ self.down).to(output.dtype)
 
-def low_rank(patches: list[tuple], device: torch.device, dtype: torch.dtype) -> LowRank | None:
+
+def low_rank(
+    key: str, patches: list[tuple], shape: torch.Size, device: torch.device | None, dtype: torch.dtype
+) -> LowRank | None:
     """A weight's patches as joined factors, or None when one of them is not of low rank.
 
     Args:
+        key: the weight's name, for the error.
         patches: as in ComfyUI's ``ModelPatcher.patches[key]``.
+        shape: ``(out_features, in_features)`` of the weight.
         device, dtype: where and in what the model computes.
+
+    Raises:
+        ValueError: a patch is for a weight of another shape. (ComfyUI logs it, and leaves the weight as it is.)
     """
     factors = [_factors(patch) for patch in patches]
     if not all(factors):
         return None
+    for down, up, _ in factors:
+        if (len(up), down.shape[1]) != tuple(shape):
+            raise ValueError(
+                f"A LoRA changes {key} as a weight of {len(up)} × {down.shape[1]}, but it has {shape[0]} × {shape[1]}: "
+                "the LoRA was made for another model. Remove it, or pick one for AuraFlow."
+            )
     downs, ups, scales = zip(*factors, strict=True)
     down = torch.cat([down.to(device, dtype) for down in downs])
     up = torch.cat([(up.to(device, torch.float32) * s).to(dtype) for up, s in zip(ups, scales, strict=True)], dim=1)

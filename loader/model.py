@@ -9,6 +9,7 @@ import comfy.model_management
 import comfy.sd
 import torch
 
+from . import modulation
 from .architecture import Match, listed, match
 from .auraflow import AURAFLOW
 from .gguf_file import GGUFFile, open_gguf
@@ -23,13 +24,17 @@ COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def load_model(
-    path: str | os.PathLike, compute_dtype: torch.dtype | None = None, disable_dynamic: bool = False
+    path: str | os.PathLike,
+    compute_dtype: torch.dtype | None = None,
+    modulation_cache: bool = True,
+    disable_dynamic: bool = False,
 ) -> GGUFModelPatcher | GGUFModelPatcherDynamic:
     """Load an AuraFlow transformer.
 
     Args:
         path: a GGUF file, in any spelling and of any quantization types.
         compute_dtype: what the model computes in; None leaves the choice to ComfyUI.
+        modulation_cache: keep modulation, a third of the weights, off the device (modulation.py).
         disable_dynamic: use ComfyUI's static patcher, also where dynamic VRAM is on.
 
     Returns:
@@ -45,13 +50,7 @@ def load_model(
         metadata=file.metadata,
         path=file.path,
     )
-    if matched.skipped:
-        logger.info(
-            "%s: %d tensors of other parts are left out: %s",
-            os.path.basename(file.path),
-            len(matched.skipped),
-            listed(matched.skipped),
-        )
+    log_skipped(matched, file.path)
     dtype = compute_dtype or _compute_dtype(matched)
     patcher = comfy.sd.load_diffusion_model_state_dict(
         state_dict(file, matched, dtype),
@@ -61,8 +60,16 @@ def load_model(
     # The weights show `dtype` as theirs, and so that is what the model computes in.
     patcher.model.manual_cast_dtype = None
     patcher = for_packed_weights(patcher)
-    patcher.cached_patcher_init = (load_model, (os.fspath(path), compute_dtype))
+    patcher.cached_patcher_init = (load_model, (os.fspath(path), compute_dtype, modulation_cache))
     logger.info("%s: %s", os.path.basename(file.path), _summary(file, matched, dtype))
+    if modulation_cache:
+        modulation.install(patcher)
+        saved = modulation.mapped_bytes(patcher.model)
+        logger.info(
+            "Modulation cache: %.0f MB of weights stay off the device, %.0f MB are loaded",
+            saved / 2**20,
+            patcher.model_size() / 2**20,
+        )
     return patcher
 
 
@@ -75,13 +82,28 @@ def _compute_dtype(matched: Match) -> torch.dtype:
     return management.unet_manual_cast(dtype, device, list(COMPUTE_DTYPES)) or dtype
 
 
-def _summary(file: GGUFFile, matched: Match, dtype: torch.dtype) -> str:
+def log_skipped(matched: Match, path: str) -> None:
+    """Say which tensors of a file are not loaded."""
+    if matched.skipped:
+        logger.info(
+            "%s: %d tensors of other parts are left out: %s",
+            os.path.basename(path),
+            len(matched.skipped),
+            listed(matched.skipped),
+        )
+
+
+def sizes_by_type(file: GGUFFile, matched: Match) -> str:
+    """How much of the weights is of which type, the largest share first: ``Q4_K 600 MB, F32 1 MB``."""
     sizes: dict[str, int] = {}
     for source in matched.weights.values():
         info = file.tensors[source.name]
         sizes[info.type.name] = sizes.get(info.type.name, 0) + info.nbytes
-    shares = ", ".join(f"{name} {size / 2**20:.0f} MB" for name, size in sorted(sizes.items(), key=lambda x: -x[1]))
+    return ", ".join(f"{name} {size / 2**20:.0f} MB" for name, size in sorted(sizes.items(), key=lambda x: -x[1]))
+
+
+def _summary(file: GGUFFile, matched: Match, dtype: torch.dtype) -> str:
     return (
         f"AuraFlow of {matched.dimensions['double_layers']} double and {matched.dimensions['single_layers']} single "
-        f"layers, {shares}; computes in {str(dtype).removeprefix('torch.')}"
+        f"layers, {sizes_by_type(file, matched)}; computes in {str(dtype).removeprefix('torch.')}"
     )

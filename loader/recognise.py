@@ -186,7 +186,8 @@ RECOGNISERS = (
     ),
     Recogniser(
         "the Pile-T5-XL text encoder",
-        "It is AuraFlow's text encoder, not its transformer: it belongs in models/text_encoders.",
+        "It is AuraFlow's text encoder, not its transformer: it belongs in models/text_encoders, "
+        "a GGUF file for 'Load AuraFlow Text Encoder (GGUF)', any other for ComfyUI's 'Load CLIP'.",
         (
             _T5_MLP,
             _UMT5_BIAS,

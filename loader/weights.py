@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .architecture import Match, Source
+from .architecture import NATIVE, Match, Source
 from .gguf_file import GGUFFile
 from .layout import is_packed, pack
 
@@ -22,18 +22,19 @@ def state_dict(file: GGUFFile, matched: Match, dtype: torch.dtype) -> dict[str, 
         dtype: the compute type, which packed weights show as theirs.
 
     Returns:
-        Native name → tensor of its logical shape. Weights of linears are packed, or dense when they are stored
-        in ``dtype``; bare parameters and biases are dense, in ``dtype`` unless they are stored in another
-        type that torch can hold.
+        Native name → tensor of its logical shape. Weights of linears and large embeddings are packed, or dense when
+        they are stored in ``dtype``; bare parameters, biases, norms and other small weights are dense, in ``dtype``
+        unless they are stored in another type that torch can hold.
     """
-    return {name: _tensor(file, name, source, dtype) for name, source in matched.weights.items()}
+    return {name: _tensor(file, matched, name, source, dtype) for name, source in matched.weights.items()}
 
 
-def _tensor(file: GGUFFile, name: str, source: Source, dtype: torch.dtype) -> torch.Tensor:
+def _tensor(file: GGUFFile, matched: Match, name: str, source: Source, dtype: torch.dtype) -> torch.Tensor:
+    row, _ = matched.architecture.find(name, NATIVE)
     quant_type = file.tensors[source.name].type
     stored = DENSE_DTYPES.get(quant_type.name)
     packed = file.packed(source.name)
-    if name.endswith(".weight") and stored != dtype:
+    if name.endswith(".weight") and not row.dense and stored != dtype:
         weight = pack(packed, quant_type.name, source.shape, dtype)
     elif stored is not None:
         weight = packed.view(stored).reshape(source.shape)

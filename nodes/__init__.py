@@ -12,6 +12,7 @@ from .lora_loader import AuraFlowLoraLoader
 from .model_loader import AuraFlowGGUFLoader
 from .replacements import offer_replacements
 from .save import AuraFlowGGUFSave
+from .text_encoder_loader import AuraFlowGGUFTextEncoderLoader
 
 
 class AuraFlowGGUFExtension(ComfyExtension):
@@ -22,6 +23,7 @@ class AuraFlowGGUFExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             AuraFlowGGUFLoader,
+            AuraFlowGGUFTextEncoderLoader,
             AuraFlowLoraLoader,
             AuraFlowGGUFConvert,
             AuraFlowGGUFSave,

@@ -7,16 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import comfy.model_management
+import comfy.text_encoders.aura_t5
 import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
+from ..loader.parts import PARTS
 from ..quantizer.recipe import RECIPES
-from .folders import MODEL_FOLDER, fingerprint
+from .folders import MODEL_FOLDER, TEXT_ENCODER_FOLDER, fingerprint
 from .importance import NO_FILE, imatrix_input, imatrix_path
 
-_SOURCE_FOLDERS = ("diffusion_models", "checkpoints", MODEL_FOLDER)
-_TARGET_FOLDER = "diffusion_models"
+_SOURCE_FOLDERS = ("diffusion_models", "checkpoints", "text_encoders", MODEL_FOLDER, TEXT_ENCODER_FOLDER)
+_TARGET_FOLDERS = {"transformer": "diffusion_models", "text_encoder": "text_encoders"}
+_AUTO = "auto"
 
 
 def type_input() -> io.Combo.Input:
@@ -61,8 +64,8 @@ class AuraFlowGGUFConvert(io.ComfyNode):
             display_name="Convert to AuraFlow GGUF",
             category="advanced/AuraFlow",
             description=(
-                "Makes a GGUF file from an AuraFlow or Pony V7 checkpoint, in one step and tensor by tensor, "
-                "so that a large model needs little memory."
+                "Makes a GGUF file from an AuraFlow or Pony V7 checkpoint, or from their text encoder's, in one step "
+                "and tensor by tensor, so that a large model needs little memory."
             ),
             search_aliases=["gguf", "quantize", "convert", "q4_k_m"],
             inputs=[
@@ -79,11 +82,22 @@ class AuraFlowGGUFConvert(io.ComfyNode):
                 io.String.Input(
                     "output_name",
                     default="",
-                    tooltip="The file's name in models/diffusion_models. Empty: the source's name and the type.",
+                    tooltip=(
+                        "The file's name in models/diffusion_models, a text encoder's in models/text_encoders. "
+                        "Empty: the source's name and the type."
+                    ),
                 ),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name."),
                 imatrix_input(tooltip="An importance matrix in output/imatrix.", optional=True),
                 tensor_types_input(),
+                io.Combo.Input(
+                    "part",
+                    options=[_AUTO, *PARTS],
+                    default=_AUTO,
+                    optional=True,
+                    advanced=True,
+                    tooltip="What to convert. auto: what the source is; of an all-in-one checkpoint the transformer.",
+                ),
             ],
             outputs=[io.String.Output("path", tooltip="The file that was made.")],
             is_output_node=True,
@@ -103,14 +117,16 @@ class AuraFlowGGUFConvert(io.ComfyNode):
         overwrite: bool = False,
         imatrix: str = NO_FILE,
         tensor_types: str = "",
+        part: str = _AUTO,
     ) -> io.NodeOutput:
-        from ..quantizer.convert import convert, model_name  # needs libgguf, the other nodes do not
+        from ..quantizer.convert import convert, model_name, part_in  # needs libgguf, the other nodes do not
 
         folder, _, name = source.partition("/")
         if folder not in _SOURCE_FOLDERS:
             raise ValueError(f"{source} is in none of the folders {', '.join(_SOURCE_FOLDERS)}.")
         path = folder_paths.get_full_path_or_raise(folder, name)
-        target = _target(output_name or f"{model_name(path)}-{type}")
+        part = part_in(path) if part == _AUTO else part
+        target = _target(output_name or f"{model_name(path)}-{type}", _TARGET_FOLDERS[part])
         convert(
             path,
             target,
@@ -118,13 +134,20 @@ class AuraFlowGGUFConvert(io.ComfyNode):
             overwrite=overwrite,
             tensor_types=rules(tensor_types),
             imatrix=imatrix_path(imatrix),
+            part=part,
+            tokenizer=_tokenizer(),
             progress=shown_progress(),
         )
         return io.NodeOutput(str(target), ui=ui.PreviewText(str(target)))
 
 
-def _target(name: str) -> Path:
+def _tokenizer() -> Path:
+    """ComfyUI's own copy of Pile-T5's."""
+    return Path(comfy.text_encoders.aura_t5.__file__).with_name("t5_pile_tokenizer") / "tokenizer.model"
+
+
+def _target(name: str, folder: str) -> Path:
     if name != os.path.basename(name) or name in (".", ".."):
         raise ValueError(f"{name} is not a file's name: give one without a folder.")
     name = name if name.lower().endswith(".gguf") else f"{name}.gguf"
-    return Path(folder_paths.get_folder_paths(_TARGET_FOLDER)[0], name)
+    return Path(folder_paths.get_folder_paths(folder)[0], name)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import glob
 import os
+import re
 
 import folder_paths
 
 MODEL_FOLDER = "unet_gguf"
+TEXT_ENCODER_FOLDER = "clip_gguf"
 
 # The keys that GGUF packs agree on, over ComfyUI's own folders.
-_GGUF_FOLDERS = {MODEL_FOLDER: "diffusion_models"}
+_GGUF_FOLDERS = {MODEL_FOLDER: "diffusion_models", TEXT_ENCODER_FOLDER: "text_encoders"}
 
 
 def register_gguf_folders() -> None:
@@ -22,9 +25,10 @@ def register_gguf_folders() -> None:
 
 
 def fingerprint(folder: str, name: str) -> str:
-    """Path, size and modification time: what changes when a file is replaced."""
+    """Path, size and modification time of a file, and of all parts of a split one: what changes when it is replaced."""
     path = folder_paths.get_full_path(folder, name)
     if path is None:
         return f"{name}: missing"
-    stat = os.stat(path)
-    return f"{path} {stat.st_size} {stat.st_mtime_ns}"
+    pattern = re.sub(r"-\d{5}(-of-\d{5}\.\w+)$", r"-[0-9][0-9][0-9][0-9][0-9]\1", glob.escape(path))
+    stats = {part: os.stat(part) for part in sorted({path, *glob.glob(pattern)})}
+    return " ".join(f"{part} {stat.st_size} {stat.st_mtime_ns}" for part, stat in stats.items())

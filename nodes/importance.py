@@ -12,6 +12,7 @@ from comfy_api.latest import io, ui
 from nodes import common_ksampler
 
 from ..loader.errors import ModelFileError
+from ..loader.modulation import without_cache
 from ..quantizer.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 
 NO_FILE = "none"
@@ -125,7 +126,7 @@ class AuraFlowGGUFImportance(io.ComfyNode):
         matrix = read_imatrix(previous) if previous else ImportanceMatrix()
         with matrix.collecting(model.model.diffusion_model):
             (latent,) = common_ksampler(
-                model, seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image
+                without_cache(model), seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image
             )
         matrix.datasets.append(f"{steps} steps of {sampler_name}, {scheduler}, CFG {cfg:g}, seed {seed}")
         folder, name, counter, _, _ = folder_paths.get_save_image_path(

@@ -45,15 +45,24 @@ class AuraFlowGGUFLoader(io.ComfyNode):
                         "16 bit. It does not change how much memory the weights take."
                     ),
                 ),
+                io.Boolean.Input(
+                    "modulation_cache",
+                    default=True,
+                    advanced=True,
+                    tooltip=(
+                        "Keeps modulation, a third of the weights, off the GPU: what it gives is computed once for "
+                        "each timestep of the schedule, and kept. The picture stays the same."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The transformer, for any node that takes a MODEL.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, compute_dtype: str = "auto") -> str:
-        return f"{fingerprint(MODEL_FOLDER, model_name)} {compute_dtype}"
+    def fingerprint_inputs(cls, model_name: str, compute_dtype: str = "auto", modulation_cache: bool = True) -> str:
+        return f"{fingerprint(MODEL_FOLDER, model_name)} {compute_dtype} {modulation_cache}"
 
     @classmethod
-    def execute(cls, model_name: str, compute_dtype: str = "auto") -> io.NodeOutput:
+    def execute(cls, model_name: str, compute_dtype: str = "auto", modulation_cache: bool = True) -> io.NodeOutput:
         path = folder_paths.get_full_path_or_raise(MODEL_FOLDER, model_name)
-        return io.NodeOutput(load_model(path, _COMPUTE_DTYPES[compute_dtype]))
+        return io.NodeOutput(load_model(path, _COMPUTE_DTYPES[compute_dtype], modulation_cache))

@@ -87,16 +87,16 @@ class Checkpoint(ABC):
         return hashlib.sha256(json.dumps([table, metadata], sort_keys=True).encode()).hexdigest()
 
 
-def open_checkpoint(source: str | os.PathLike) -> Checkpoint:
-    """Open a safetensors file, the index of a sharded one or one of its shards, a diffusers model folder, a ``.ckpt``
-    or ``.pt`` file, or a GGUF file.
+def open_checkpoint(source: str | os.PathLike, part: str | None = None) -> Checkpoint:
+    """Open a safetensors file, the index of a sharded one or one of its shards, a diffusers model folder (of which
+    ``part``, the transformer by default, is taken), a ``.ckpt`` or ``.pt`` file, or a GGUF file.
 
     Raises:
         ModelFileError: ``source`` is none of these, is damaged, or a part of it is missing.
     """
     path = Path(source)
     if path.is_dir():
-        path = _in_folder(path)
+        path = _in_folder(path, part or "transformer")
     if not path.is_file():
         raise ModelFileError(
             source, found="no such file", expected="a checkpoint", advice="Check the path and its spelling."
@@ -124,16 +124,17 @@ def swap_halves(rows: torch.Tensor) -> torch.Tensor:
     return torch.cat(rows.chunk(2)[::-1])
 
 
-def _in_folder(folder: Path) -> Path:
-    """The one checkpoint of a diffusers model folder, or of its ``transformer`` folder."""
-    if (folder / "transformer").is_dir():
-        folder = folder / "transformer"
+def _in_folder(folder: Path, part: str) -> Path:
+    """The one checkpoint of a diffusers model folder, or of the folder in it that is called like the part."""
+    if (folder / part).is_dir():
+        folder = folder / part
     for pattern in ("*.safetensors.index*.json", "*.safetensors", "*.bin"):
         candidates = sorted(folder.glob(pattern))
         # beside variants (diffusion_pytorch_model.fp16.safetensors), the plain one
-        plain = folder / pattern.replace("*.", "diffusion_pytorch_model.").replace("*", "")
-        if len(candidates) == 1 or plain in candidates:
-            return plain if plain in candidates else candidates[0]
+        ending = pattern.replace("*", "")
+        plain = [path for path in candidates if path.name in (f"diffusion_pytorch_model{ending}", f"model{ending}")]
+        if len(candidates) == 1 or plain:
+            return plain[0] if plain else candidates[0]
         if candidates:
             raise ModelFileError(
                 folder,
@@ -144,7 +145,7 @@ def _in_folder(folder: Path) -> Path:
     raise ModelFileError(
         folder,
         found="a folder without a safetensors or .bin file",
-        expected="a diffusers model folder, or its transformer folder",
+        expected="a diffusers model folder, or its transformer or text_encoder folder",
         advice="Choose the folder that has model_index.json, or the checkpoint file itself.",
     )
 

@@ -1,4 +1,4 @@
-"""How far two checkpoints of AuraFlow are apart, weight by weight."""
+"""How far two checkpoints of AuraFlow, or of its text encoder, are apart, weight by weight."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ..loader.architecture import Source, listed, match
-from ..loader.auraflow import AURAFLOW
+from ..loader.architecture import Match, Source, listed, match
 from ..loader.errors import ModelFileError
+from ..loader.parts import part_of
 from .checkpoint import Checkpoint, open_checkpoint, swap_halves
 
 TILE = 1 << 22  # weights compared at a time
@@ -74,9 +74,17 @@ def compare(
         The difference of all weights together, and that of each tensor, the worst first.
 
     Raises:
-        ModelFileError: one of them is no sound checkpoint of AuraFlow, or ``b`` has other tensors or shapes than ``a``.
+        ModelFileError: one of them is no sound checkpoint, or ``b`` has other tensors or shapes than ``a``.
     """
-    (first, first_weights), (second, second_weights) = (_open(path, fixed) for path in (a, b))
+    (first, first_match), (second, second_match) = (_open(path, fixed) for path in (a, b))
+    if first_match.architecture is not second_match.architecture:
+        raise ModelFileError(
+            second.path,
+            found=second_match.architecture.title,
+            expected=f"{first_match.architecture.title}, as {os.path.basename(first.path)} is",
+            advice="Only two files of the same model can be compared.",
+        )
+    first_weights, second_weights = first_match.weights, second_match.weights
     others = {
         name
         for name in first_weights.keys() | second_weights.keys()
@@ -108,10 +116,10 @@ def compare(
     return everything.result("all"), sorted(differences, key=lambda entry: -entry.relative_error)
 
 
-def _open(path: str | os.PathLike, fixed: Mapping[str, int] | None) -> tuple[Checkpoint, dict[str, Source]]:
+def _open(path: str | os.PathLike, fixed: Mapping[str, int] | None) -> tuple[Checkpoint, Match]:
     checkpoint = open_checkpoint(path)
-    found = match(AURAFLOW, checkpoint.shapes, metadata=checkpoint.metadata, path=checkpoint.path, fixed=fixed)
-    return checkpoint, found.weights
+    part = part_of(checkpoint.shapes)
+    return checkpoint, match(part, checkpoint.shapes, metadata=checkpoint.metadata, path=checkpoint.path, fixed=fixed)
 
 
 def _read(checkpoint: Checkpoint, source: Source) -> torch.Tensor:

@@ -20,12 +20,14 @@ except ModuleNotFoundError as error:
     ) from error
 
 from ..loader.architecture import Match, Source, annotations, listed, match
-from ..loader.auraflow import AURAFLOW
 from ..loader.errors import ModelFileError
+from ..loader.parts import PARTS, part_of
+from ..loader.pile_t5 import PILE_T5_XL
 from ..loader.quant_types.base import QuantType
 from .checkpoint import Checkpoint, open_checkpoint, swap_halves
 from .imatrix import ImportanceMatrix, check_imatrix, read_imatrix
 from .recipe import NEEDS_IMATRIX, Recipe, recipe_for
+from .tokenizer import carried_tokenizer, find_tokenizer, read_tokenizer
 from .writer import TensorSpec, write_gguf
 
 logger = logging.getLogger(__name__)
@@ -56,10 +58,13 @@ def convert(
     overwrite: bool = False,
     tensor_types: Iterable[str] = (),
     imatrix: str | os.PathLike | None = None,
+    part: str | None = None,
+    tokenizer: str | os.PathLike | None = None,
     progress: Progress | None = None,
     fixed: Mapping[str, int] | None = None,
 ) -> None:
-    """Make the GGUF file ``target``, in native spelling, from an AuraFlow checkpoint.
+    """Make the GGUF file ``target`` from a checkpoint: a transformer's in native spelling, a text encoder's in
+    llama.cpp's.
 
     Args:
         source: what `open_checkpoint` takes, in either spelling, with any prefix.
@@ -68,21 +73,27 @@ def convert(
         overwrite: replace a ``target`` that exists.
         tensor_types: rules ``PATTERN=TYPE`` that go before the recipe's.
         imatrix: an importance matrix, as `read_imatrix` takes it.
+        part: what of ``source`` to convert, as `part_of` takes it.
+        tokenizer: the text encoder's, a SentencePiece model that is written into the file; by default that of
+            ``source`` or of a file beside it, if there is one.
         progress: called with the number of weights written so far and in all.
         fixed: passed to `match`.
 
     Raises:
         ValueError: ``type_name`` or ``tensor_types`` cannot be used.
-        ModelFileError: ``source``, ``target`` or ``imatrix`` cannot be used; ``target`` is then as it was.
+        ModelFileError: ``source``, ``target``, ``imatrix`` or ``tokenizer`` cannot be used; ``target`` is then as it
+            was.
     """
     recipe = recipe_for(type_name, tensor_types, imatrix=imatrix is not None)
     convert_checkpoint(
-        open_checkpoint(source),
+        open_checkpoint(source, part),
         target,
         recipe,
         name=model_name(source),
         overwrite=overwrite,
         imatrix=imatrix,
+        part=part,
+        tokenizer=tokenizer or find_tokenizer(source),
         progress=progress,
         fixed=fixed,
     )
@@ -96,6 +107,8 @@ def convert_checkpoint(
     name: str,
     overwrite: bool = False,
     imatrix: str | os.PathLike | None = None,
+    part: str | None = None,
+    tokenizer: str | os.PathLike | None = None,
     progress: Progress | None = None,
     fixed: Mapping[str, int] | None = None,
 ) -> None:
@@ -107,7 +120,8 @@ def convert_checkpoint(
             expected="another file",
             advice="Choose another name for the result.",
         )
-    found = match(AURAFLOW, checkpoint.shapes, metadata=checkpoint.metadata, path=checkpoint.path, fixed=fixed)
+    architecture = part_of(checkpoint.shapes, part)
+    found = match(architecture, checkpoint.shapes, metadata=checkpoint.metadata, path=checkpoint.path, fixed=fixed)
     if found.skipped:
         logger.info("left out: %d tensors of other parts, such as %s", len(found.skipped), found.skipped[0])
     unused = recipe.unused_rules(found.weights)
@@ -115,21 +129,26 @@ def convert_checkpoint(
         raise ModelFileError(
             checkpoint.path,
             found=f"no tensor that fits {', '.join(map(repr, unused))}",
-            expected="native names, such as single_layers.0.mlp.c_proj, with * for any text",
+            expected=f"native names, such as {min(found.weights)}, with * for any text",
             advice="Correct the pattern.",
         )
-    tensors = [
-        TensorSpec(name, source.shape, recipe.type_of(name, source.shape, checkpoint.dtype(source.name)))
-        for name, source in sorted(found.weights.items(), key=lambda item: _natural_order(item[0]))
-    ]
-    _warn_of_generation_loss(checkpoint, found, tensors)
+    sources = {
+        TensorSpec(
+            architecture.written_name(native),
+            source.shape,
+            recipe.type_of(native, source.shape, checkpoint.dtype(source.name)),
+        ): source
+        for native, source in sorted(found.weights.items(), key=lambda item: _natural_order(item[0]))
+    }
+    tensors = list(sources)
+    _warn_of_generation_loss(checkpoint, sources)
     matrix = _fitting_imatrix(imatrix, tensors) if imatrix is not None else ImportanceMatrix()
 
     total, done = sum(tensor.size for tensor in tensors), 0
 
     def packed(tensor: TensorSpec) -> Iterator[memoryview]:
         nonlocal done
-        for rows, piece in _pack(checkpoint, found.weights[tensor.name], tensor, matrix.moments(tensor.name)):
+        for rows, piece in _pack(checkpoint, sources[tensor], tensor, matrix.moments(tensor.name)):
             yield piece
             done += rows * tensor.shape[-1]
             if progress:
@@ -138,6 +157,9 @@ def convert_checkpoint(
     metadata = _metadata(checkpoint, found, recipe, name)
     if imatrix is not None:
         metadata |= _imatrix_metadata(imatrix, matrix)
+    if architecture.name == PILE_T5_XL.name:
+        size = found.dimensions["vocabulary_size"]
+        metadata |= read_tokenizer(tokenizer, size) if tokenizer else carried_tokenizer(checkpoint.metadata)
     write_gguf(target, metadata, tensors, packed, overwrite=overwrite)
 
 
@@ -199,10 +221,10 @@ def quantize(rows: torch.Tensor, quant_type: QuantType, moments: np.ndarray | No
     return packed
 
 
-def _warn_of_generation_loss(checkpoint: Checkpoint, found: Match, tensors: Iterable[TensorSpec]) -> None:
+def _warn_of_generation_loss(checkpoint: Checkpoint, sources: Mapping[TensorSpec, Source]) -> None:
     lossy: set[str] = set()
-    for tensor in tensors:
-        stored = checkpoint.packed(found.weights[tensor.name].name)
+    for tensor, source in sources.items():
+        stored = checkpoint.packed(source.name)
         if stored and stored[0] != tensor.type:
             lossy.add(stored[0].name)
     if lossy:
@@ -214,7 +236,9 @@ def _warn_of_generation_loss(checkpoint: Checkpoint, found: Match, tensors: Iter
 
 
 def _metadata(checkpoint: Checkpoint, found: Match, recipe: Recipe, name: str) -> dict[str, object]:
-    metadata = annotations(replace(found, spelling="native")) | {"general.name": name}
+    architecture = found.architecture
+    metadata = annotations(replace(found, spelling=architecture.written)) | {"general.name": name}
+    metadata |= {f"{architecture.name}.{key}": value for key, value in architecture.conventions.items()}
     for key, source_keys in DESCRIPTION.items():
         given = [value for value in map(checkpoint.metadata.get, source_keys) if isinstance(value, str) and value]
         if given:
@@ -236,10 +260,20 @@ def _imatrix_metadata(path: str | os.PathLike, matrix: ImportanceMatrix) -> dict
     }
 
 
+def part_in(source: str | os.PathLike) -> str:
+    """Which of the `PARTS` of ``source`` is converted when none is asked for.
+
+    Raises:
+        ModelFileError: ``source`` is no checkpoint.
+    """
+    architecture = part_of(open_checkpoint(source).shapes)
+    return next(name for name, part in PARTS.items() if part is architecture)
+
+
 def model_name(source: str | os.PathLike) -> str:
-    """A model's name from its path: the file's, or the folder's above ``transformer``."""
+    """A model's name from its path: the file's, or the folder's above ``transformer`` or ``text_encoder``."""
     path = Path(os.path.abspath(source))
-    if path.name == "transformer":
+    if path.name in PARTS:
         path = path.parent
     return path.name if path.is_dir() else re.split(r"\.safetensors|\.[^.]*$", path.name)[0]
 

@@ -1,4 +1,4 @@
-"""What a GGUF file of AuraFlow holds, and whether its numbers are sound."""
+"""What a GGUF file of AuraFlow or its text encoder holds, and whether its numbers are sound."""
 
 from __future__ import annotations
 
@@ -9,16 +9,26 @@ from fnmatch import fnmatchcase
 
 import torch
 
-from ..loader.architecture import Match, match
+from ..loader.architecture import Match, annotations, match
 from ..loader.auraflow import AURAFLOW
 from ..loader.gguf_file import GGUFFile, TensorInfo, open_gguf
+from ..loader.parts import part_of
+from ..loader.pile_t5 import PILE_T5_XL
 
-# The first pattern that fits a native name decides.
+# Of each model; the first pattern that fits a native name decides.
 GROUPS = {
-    "attention": "*_layers.*.attn.*",
-    "MLP": "*_layers.*.mlp*",
-    "modulation": "*_layers.*.mod*",
-    "embedders, output": "*",
+    AURAFLOW.name: {
+        "attention": "*_layers.*.attn.*",
+        "MLP": "*_layers.*.mlp*",
+        "modulation": "*mod[CXF]*",
+        "embedders, output": "*",
+    },
+    PILE_T5_XL.name: {
+        "attention": "*.SelfAttention.*",
+        "MLP": "*.DenseReluDense.*",
+        "embedding": "shared.weight",
+        "norms": "*",
+    },
 }
 REPORTED_METADATA = (
     "general.name",
@@ -53,7 +63,7 @@ class Description:
         spelling, prefix, dimensions: see `Match`.
         annotated: whether the file's metadata describe the architecture.
         metadata: those of `REPORTED_METADATA` that it has.
-        skipped: number of tensors that are no part of the transformer.
+        skipped: number of tensors that are no part of the model.
         groups: the weights by purpose, and last all of them.
     """
 
@@ -75,7 +85,7 @@ class Description:
     def memory(self) -> dict[str, int]:
         """Bytes that the weights take on the GPU, fully loaded: with the modulation cache, which leaves the
         modulation's weights where they are, and without it."""
-        modulation = next(group.nbytes for group in self.groups if group.name == "modulation")
+        modulation = sum(group.nbytes for group in self.groups if group.name == "modulation")
         return {"with_cache": self.total.nbytes - modulation, "without_cache": self.total.nbytes}
 
 
@@ -83,21 +93,22 @@ def describe(path: str | os.PathLike, *, fixed: Mapping[str, int] | None = None)
     """Say what a GGUF file is; ``fixed`` is passed to `match`.
 
     Raises:
-        ModelFileError: the file is damaged, or no AuraFlow transformer.
+        ModelFileError: the file is damaged, or neither an AuraFlow transformer nor its text encoder.
     """
     file, found = _open(path, fixed)
     infos = {name: file.tensors[source.name] for name, source in found.weights.items()}
-    by_group: dict[str, list[TensorInfo]] = {group: [] for group in GROUPS}
+    groups = GROUPS[found.architecture.name]
+    by_group: dict[str, list[TensorInfo]] = {group: [] for group in groups}
     for name, info in infos.items():
-        by_group[next(group for group, pattern in GROUPS.items() if fnmatchcase(name, pattern))].append(info)
+        by_group[next(group for group, pattern in groups.items() if fnmatchcase(name, pattern))].append(info)
     by_group["all"] = list(infos.values())
     return Description(
         path=file.path,
-        model=AURAFLOW.title,
+        model=found.architecture.title,
         spelling=found.spelling,
         prefix=found.prefix,
         dimensions=found.dimensions,
-        annotated=f"{AURAFLOW.name}.tensor_names" in file.metadata,
+        annotated=any(key in file.metadata for key in list(annotations(found))[1:]),
         metadata={key: file.metadata[key] for key in REPORTED_METADATA if key in file.metadata},
         skipped=len(found.skipped),
         groups=tuple(_group(name, members) for name, members in by_group.items()),
@@ -118,11 +129,9 @@ def report(description: Description) -> str:
         types = ", ".join(f"{name} × {count}" for name, count in group.types.items())
         sizes = f"{group.weights:16,}{group.nbytes / 1e9:8.2f}{group.bits_per_weight:7.2f}"
         lines.append(f"{group.name:20}{sizes}  {types}")
-    memory = description.memory
-    lines.append(
-        f"VRAM: {memory['with_cache'] / 1e9:.2f} GB for the weights with the modulation cache, "
-        f"{memory['without_cache'] / 1e9:.2f} GB without, and what sampling takes."
-    )
+    cached, whole = description.memory.values()
+    without = f" with the modulation cache, {whole / 1e9:.2f} GB without" if cached < whole else ""
+    lines.append(f"VRAM: {cached / 1e9:.2f} GB for the weights{without}, and what running takes.")
     return "\n".join(lines)
 
 
@@ -144,7 +153,7 @@ def verify(
     progress: Callable[[int, int], None] | None = None,
     fixed: Mapping[str, int] | None = None,
 ) -> list[str]:
-    """Check a GGUF file as a whole: its structure, its tensors against AuraFlow and its annotations, and each number.
+    """Check a GGUF file as a whole: its structure, its tensors against the model and its annotations, and each number.
 
     Args:
         path: the file.
@@ -178,4 +187,4 @@ def verify(
 def _open(path: str | os.PathLike, fixed: Mapping[str, int] | None) -> tuple[GGUFFile, Match]:
     file = open_gguf(path)
     shapes = {name: info.shape for name, info in file.tensors.items()}
-    return file, match(AURAFLOW, shapes, metadata=file.metadata, path=file.path, fixed=fixed)
+    return file, match(part_of(shapes), shapes, metadata=file.metadata, path=file.path, fixed=fixed)

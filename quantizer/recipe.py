@@ -2,7 +2,7 @@
 
 Every recipe keeps the same tensors out of quantization, 1 % of the model together:
 
-- biases in float32, which every reader of GGUF files takes,
+- biases, and the text encoder's norms and relative position biases, in float32, which every reader of GGUF files takes,
 - `positional_encoding` and `register_tokens` in float16 when the source is float16, in float32 otherwise: diffusers
   takes a bfloat16 parameter that is no linear's weight for its bytes,
 - the embedders, the final projection and its modulation (`modF`) in 16 bit: float16 when the source is float16, which
@@ -14,6 +14,10 @@ MLP's down projection (`c_proj`) and the attention's value and output projection
 into the residual stream, one step higher in `_M` and in `Q2_K`, two in `_L`. Modulation is a third of AuraFlow's
 parameters and acts on every token alike: one step higher in all of these. `_S` is the plain type. This choice is by
 structure, not by measurement on a trained model: `--tensor-type` overrides any of it.
+
+In the text encoder the same holds for the MLP's down projection (`wo`) and the attention's `v` and `o`, and for the
+embedding (`shared`), with which the residual stream begins. Embeddings have no moments in an importance matrix, so they
+get Q2_K where the recipe's type cannot be made without one.
 
 A weight whose rows are not a whole number of the type's blocks (`init_x_linear` has 16 columns) is kept like the
 embedders.
@@ -35,6 +39,14 @@ VALUE = "*_layers.*.attn.w[12]v"
 OUTPUT = "*_layers.*.attn.w[12]o"
 MODULATION = "*_layers.*.mod*"
 
+TEXT_LAYERS = "encoder.block.*"
+TEXT_DOWN = "encoder.block.*.DenseReluDense.wo"
+TEXT_VALUE = "encoder.block.*.SelfAttention.v"
+TEXT_OUTPUT = "encoder.block.*.SelfAttention.o"
+EMBEDDING = "shared"
+
+ALWAYS_FLOAT32 = ("*.bias", "*layer_norm.weight", "*.relative_attention_bias.weight")
+
 
 # ggml's quantizers refuse these without an importance matrix.
 NEEDS_IMATRIX = ("IQ2_XXS", "IQ2_XS", "IQ1_S")
@@ -49,28 +61,29 @@ class Recipe:
         file_type: llama.cpp's ``enum llama_ftype`` number, for ``general.file_type``.
         rules: pairs of a pattern (``fnmatch``, over native names without ``.weight``) and the name of a type; the
             first pattern that fits a tensor decides, and none at all keeps it.
+        overrides: the user's rules, which go before.
     """
 
     name: str
     file_type: int
     rules: tuple[tuple[str, str], ...]
+    overrides: tuple[tuple[str, str], ...] = ()
 
     def type_of(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> QuantType:
         """The type that a tensor is written in, given its native name, its shape and its dtype in the source."""
-        if name.endswith(".bias"):
+        if any(fnmatchcase(name, pattern) for pattern in ALWAYS_FLOAT32):
             return QUANT_TYPES["F32"]
         module = name.removesuffix(".weight")
-        chosen = next(
-            (QUANT_TYPES[type_name] for pattern, type_name in self.rules if fnmatchcase(module, pattern)), None
-        )
+        rules = (*self.overrides, *self.rules)
+        chosen = next((QUANT_TYPES[type_name] for pattern, type_name in rules if fnmatchcase(module, pattern)), None)
         if chosen is None or shape[-1] % chosen.block_size or (chosen.name == "BF16" and not name.endswith(".weight")):
             return _kept(name, dtype)
         return chosen
 
     def unused_rules(self, names: Iterable[str]) -> list[str]:
-        """The patterns of rules that fit no tensor among native ``names``."""
+        """The patterns of the user's rules that fit no tensor among native ``names``."""
         modules = [name.removesuffix(".weight") for name in names]
-        return [pattern for pattern, _ in self.rules if not any(fnmatchcase(module, pattern) for module in modules)]
+        return [pattern for pattern, _ in self.overrides if not any(fnmatchcase(module, pattern) for module in modules)]
 
 
 def _kept(name: str, dtype: torch.dtype) -> QuantType:
@@ -94,8 +107,8 @@ def recipe_for(type_name: str, overrides: Iterable[str] = (), *, imatrix: bool =
     recipe = RECIPES.get(type_name.upper())
     if recipe is None:
         raise ValueError(f"{type_name} is not a type that can be written. These are: {', '.join(RECIPES)}.")
-    recipe = replace(recipe, rules=(*map(_parse_override, overrides), *recipe.rules))
-    for _, chosen in recipe.rules:
+    recipe = replace(recipe, overrides=tuple(map(_parse_override, overrides)))
+    for _, chosen in (*recipe.overrides, *recipe.rules):
         if chosen in NEEDS_IMATRIX and not imatrix:
             raise ValueError(
                 f"{chosen} cannot be made without an importance matrix, which says what weights matter: give one "
@@ -116,15 +129,18 @@ def _parse_override(text: str) -> tuple[str, str]:
 
 
 def _plain(name: str, file_type: int) -> Recipe:
-    return Recipe(name, file_type, (("*_layers.*", name),))
+    embedding = "Q2_K" if name in NEEDS_IMATRIX else name
+    return Recipe(name, file_type, (("*_layers.*", name), (TEXT_LAYERS, name), (EMBEDDING, embedding)))
 
 
 def _mixture(name: str, file_type: int, base: str, protected: Mapping[str, str]) -> Recipe:
-    return Recipe(name, file_type, (*protected.items(), ("*_layers.*", base)))
+    rest = dict.fromkeys(("*_layers.*", TEXT_LAYERS, EMBEDDING), base)
+    return Recipe(name, file_type, (*protected.items(), *rest.items()))
 
 
 def _protect(residual: str, modulation: str) -> dict[str, str]:
-    return {DOWN: residual, VALUE: residual, OUTPUT: residual, MODULATION: modulation}
+    into_residual = (DOWN, VALUE, OUTPUT, TEXT_DOWN, TEXT_VALUE, TEXT_OUTPUT, EMBEDDING)
+    return dict.fromkeys(into_residual, residual) | {MODULATION: modulation}
 
 
 # llama_ftype has numbers of its own for the mixtures alone; the plain K types share those of `_S`.

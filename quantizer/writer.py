@@ -27,7 +27,7 @@ from ..loader.quant_types.base import QuantType
 ALIGNMENT = 32
 
 # GGUF's metadata value types (enum gguf_metadata_value_type)
-_UINT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64 = 4, 6, 7, 8, 9, 10
+_UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64 = 4, 5, 6, 7, 8, 9, 10
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ def write_gguf(
 
     Args:
         target: the file to make.
-        metadata: str, bool, int (0 ≤ n < 2**64), float (stored as float32) or a sequence of one of these.
+        metadata: str, bool, int (0 ≤ n < 2**64), float (stored as float32) or a sequence of one of these; integers
+            in sequences are 0 ≤ n < 2**31.
         tensors: the tensor table, in the file's order.
         data: called once a tensor, in order; yields its packed bytes, in pieces of any size.
         overwrite: replace a ``target`` that exists.
@@ -85,7 +86,8 @@ def write_gguf(
                 file.write(bytes(_padded(written) - written))
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, target)
+        _refuse_existing(target, overwrite)  # one that another conversion has made meanwhile
+        _replace(temporary, target)
     except BaseException as error:
         if os.path.exists(temporary):
             os.unlink(temporary)
@@ -99,6 +101,28 @@ def write_gguf(
         raise
 
 
+def _refuse_existing(target: str, overwrite: bool) -> None:
+    if os.path.lexists(target) and not overwrite:
+        raise ModelFileError(
+            target,
+            found="a file of that name",
+            expected="none",
+            advice="Choose another name, or allow it to be replaced (--overwrite).",
+        )
+
+
+def _replace(temporary: str, target: str) -> None:
+    try:
+        os.replace(temporary, target)
+    except OSError as error:
+        raise ModelFileError(
+            target,
+            found=f"that it cannot be replaced ({error.strerror})",
+            expected="a file that no program has open",  # Windows keeps one that ComfyUI has loaded
+            advice="Unload the model or close the program that uses it, or choose another name.",
+        ) from error
+
+
 def _check_target(target: str, size: int, overwrite: bool) -> None:
     folder = os.path.dirname(target)
     if not os.path.isdir(folder):
@@ -108,13 +132,7 @@ def _check_target(target: str, size: int, overwrite: bool) -> None:
             expected="a folder to write into",
             advice="Create the folder, or choose another place.",
         )
-    if os.path.lexists(target) and not overwrite:
-        raise ModelFileError(
-            target,
-            found="a file of that name",
-            expected="none",
-            advice="Choose another name, or allow it to be replaced (--overwrite).",
-        )
+    _refuse_existing(target, overwrite)
     free = shutil.disk_usage(folder).free
     if free < size:
         raise ModelFileError(
@@ -150,6 +168,7 @@ def _value(value: object) -> bytes:
     if isinstance(value, Sequence) and not isinstance(value, str):
         items = [_scalar(item) for item in value]
         kind = items[0][0] if items else _STRING
+        kind = _INT32 if kind == _UINT32 else kind  # as gguf-py and llama.cpp have arrays
         return struct.pack("<IIQ", _ARRAY, kind, len(items)) + b"".join(encoded for _, encoded in items)
     kind, encoded = _scalar(value)
     return struct.pack("<I", kind) + encoded

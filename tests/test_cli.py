@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 from auraflow_gguf import cli
-from auraflow_gguf.loader.auraflow import AURAFLOW
-from auraflow_gguf.quantizer import comparison, convert, evaluation, inspection
+from auraflow_gguf.devtools.random_models import native_shapes, random_weight
+from auraflow_gguf.loader.parts import PARTS
+from auraflow_gguf.loader.pile_t5 import PILE_T5_XL
+from auraflow_gguf.quantizer import convert, evaluation, inspection
 from auraflow_gguf.quantizer.imatrix import ImportanceMatrix, write_imatrix
 from safetensors.torch import save_file
 
 from .quantizer.small_model import native_weights
+from .quantizer.test_text_encoder import SIZES as TEXT_SIZES
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -22,8 +25,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def source(tmp_path, monkeypatch):
     """The small model's checkpoint, in a folder that is the current one; its widths are accepted."""
-    for module in (convert, inspection, comparison):
-        monkeypatch.setattr(module, "AURAFLOW", replace(AURAFLOW, fixed={}))
+    for part, architecture in PARTS.items():
+        monkeypatch.setitem(PARTS, part, replace(architecture, fixed={}))
     monkeypatch.chdir(tmp_path)
     save_file(native_weights(), "aura.safetensors")
     return "aura.safetensors"
@@ -45,11 +48,33 @@ def test_convert_inspect_verify(source, capsys):
     assert report["groups"][1]["types"] == {"Q8_0": 8, "F16": 4}
     assert report["groups"][2] == {
         "name": "modulation",
-        "weights": 1572864,
-        "nbytes": 1671168,
-        "types": {"Q8_0": 4},
-        "bits_per_weight": 8.5,
+        "weights": 1703936,
+        "nbytes": 1933312,
+        "types": {"Q8_0": 4, "BF16": 1},
+        "bits_per_weight": 9.0769,
     }
+
+
+def test_a_text_encoder_by_the_same_commands(source, capsys):
+    shapes = native_shapes(PILE_T5_XL, TEXT_SIZES)
+    encoder = {f"text_encoders.{name}": random_weight(name, shape, seed=0) for name, shape in shapes.items()}
+    save_file(encoder, "t5.safetensors")
+    save_file(
+        encoder | {f"model.diffusion_model.{name}": w for name, w in native_weights().items()}, "both.safetensors"
+    )
+    convert = ["convert", "both.safetensors"]
+    assert cli.main([*convert, "a.gguf", "--type", "Q8_0", "--part", "text_encoder"]) == 0
+    assert cli.main([*convert, "transformer.gguf", "--type", "Q8_0"]) == 0
+    assert cli.main(["convert", "t5.safetensors", "b.gguf", "--type", "Q8_0"]) == 0
+    assert Path("a.gguf").stat().st_size == Path("b.gguf").stat().st_size != Path("transformer.gguf").stat().st_size
+    assert cli.main(["verify", "a.gguf"]) == 0
+    capsys.readouterr()
+    assert cli.main(["inspect", "a.gguf"]) == 0
+    shown = capsys.readouterr().out
+    assert "the Pile-T5-XL text encoder, llama.cpp names" in shown
+    assert "norms" in shown
+    assert cli.main(["compare", "t5.safetensors", "b.gguf", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
 
 
 def test_a_target_is_replaced_only_on_request(source, capsys):

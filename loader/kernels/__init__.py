@@ -1,4 +1,4 @@
-"""The matrix product with a packed weight, in the way that suits the device."""
+"""A packed weight dequantized, or its matrix product, in the way that suits the device."""
 
 from __future__ import annotations
 
@@ -25,3 +25,10 @@ def packed_linear(
     if input.device.type == "cpu":
         return cpu.linear(input, packed, quant_type, bias)
     return gpu.linear(input, packed, quant_type, bias)
+
+
+def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) -> torch.Tensor:
+    """``QuantType.dequantize`` of ``(rows, row_bytes) uint8``, in the way that suits the device; the same bits."""
+    if packed.device.type == "cpu":
+        return cpu.dequantize(packed, quant_type, dtype)
+    return gpu.dequantize(packed, quant_type, dtype)

@@ -1,23 +1,29 @@
-"""The matrix product on a CPU: tiles of rows are dequantized into one small buffer and multiplied at once.
+"""The matrix product on a CPU: every thread takes tiles of rows, dequantizes and multiplies them for itself.
 
-A dense copy of a whole weight costs more in page faults than its dequantization; a tile that stays in the
-cache costs neither. libgguf dequantizes where it is installed, torch where it is not: the same numbers.
+A dense copy of a whole weight costs more in page faults than its dequantization; a tile that stays in a core's cache
+costs neither. Threads that share no product do not wait for each other at its end either, as torch's do. libgguf
+dequantizes where it is installed and fast, torch where it is not: the same numbers.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from ..quant_types import QuantType
+from ..quant_types import STORED_DTYPES, QuantType
+from . import cpu_q6_k
 
-# Bytes of the float32 tile. Each tile's product ends with its threads waiting for each other, which is dear on a
-# busy machine, so a tile is no smaller than the cache asks for.
-TILE_BYTES = 8 * 1024 * 1024
+# Bytes of a thread's float32 tile: small enough for its core's cache, and large enough for an efficient product.
+TILE_BYTES = 4 * 1024 * 1024
 
 _local = threading.local()
+_lock = threading.Lock()
+_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
 def linear(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bias: torch.Tensor | None) -> torch.Tensor:
@@ -31,39 +37,70 @@ def linear(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bia
     Returns:
         ``(…, out_features)`` in ``input``'s dtype.
     """
+    if torch.is_grad_enabled() and input.requires_grad:
+        # The backward pass needs the dense weight.
+        return torch.nn.functional.linear(input, quant_type.dequantize(packed, input.dtype), bias)
+    if STORED_DTYPES.get(quant_type.name) == input.dtype:
+        return torch.nn.functional.linear(input, packed.view(input.dtype), bias)
     columns = input.shape[-1]
     rows = packed.shape[0]
     x = input.reshape(-1, columns)
     out = x.new_empty(x.shape[0], rows)
-    tile_rows = max(1, min(rows, TILE_BYTES // (4 * columns)))
-    tile = _tile(tile_rows * columns).view(tile_rows, columns)
     dequantize_into = row_dequantizer(quant_type)
-    for start in range(0, rows, tile_rows):
-        stop = min(start + tile_rows, rows)
-        weights = tile[: stop - start]
+
+    def multiply(start: int, stop: int) -> None:
+        weights = _tile((stop - start) * columns).view(-1, columns)
         dequantize_into(packed[start:stop], weights)
         torch.mm(x, weights.to(x.dtype).t(), out=out[:, start:stop])
+
+    _in_tiles(multiply, rows, TILE_BYTES // (4 * columns))
     if bias is not None:
         out += bias
     return out.view(*input.shape[:-1], rows)
 
 
+def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) -> torch.Tensor:
+    """``QuantType.dequantize``, bit by bit the same, on every core.
+
+    Args:
+        packed: ``(rows, row_bytes) uint8``, rows contiguous.
+        dtype: any float dtype.
+
+    Returns:
+        ``(rows, columns)``; shares ``packed``'s memory where that holds numbers of ``dtype``.
+    """
+    if torch.compiler.is_compiling() or quant_type.name in STORED_DTYPES:
+        return quant_type.dequantize(packed, dtype)
+    rows = packed.shape[0]
+    columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
+    out = torch.empty(rows, columns, dtype=dtype)
+    dequantize_into = row_dequantizer(quant_type)
+
+    def unpack(start: int, stop: int) -> None:
+        tile = _tile((stop - start) * columns).view(-1, columns)
+        dequantize_into(packed[start:stop], tile)
+        out[start:stop] = tile
+
+    _in_tiles(unpack, rows, TILE_BYTES // (4 * columns))
+    return out
+
+
 @functools.cache
-def row_dequantizer(quant_type: QuantType):
-    """The fastest ``(packed rows uint8, float32 rows) -> None`` for a type: libgguf's, or torch's."""
+def row_dequantizer(quant_type: QuantType) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """The fastest ``(packed rows uint8, float32 rows) -> None`` for a type: libgguf's, or one in torch."""
+    if stored := STORED_DTYPES.get(quant_type.name):
+        return lambda packed, out: out.copy_(packed.view(stored))
+    if quant_type.name == "Q6_K":
+        return cpu_q6_k.dequantize_into
     libgguf = _libgguf()
-    if libgguf is None or quant_type.block_size == 1 or not libgguf.row_size(quant_type.id, quant_type.block_size):
-        return functools.partial(_dequantize_with_torch, quant_type)
+    if libgguf is None or not libgguf.row_size(quant_type.id, quant_type.block_size):
+        return lambda packed, out: out.copy_(quant_type.dequantize(packed))
 
     def dequantize_with_libgguf(packed: torch.Tensor, out: torch.Tensor) -> None:
-        # As one long row: libgguf starts threads by rows, which would fight with torch's for the cores.
+        # As one long row: libgguf starts threads by rows, which would fight with the others for the cores.
         libgguf.dequantize_rows_into_raw(quant_type.id, packed.numpy(), out.numpy(), 1, out.numel())
 
     return dequantize_with_libgguf
-
-
-def _dequantize_with_torch(quant_type: QuantType, packed: torch.Tensor, out: torch.Tensor) -> None:
-    out.copy_(quant_type.dequantize(packed))
 
 
 @functools.cache
@@ -79,6 +116,60 @@ def _tile(elements: int) -> torch.Tensor:
     """This thread's float32 buffer of at least ``elements``, made once and kept."""
     tile = getattr(_local, "tile", None)
     if tile is None or tile.numel() < elements:
-        with torch.inference_mode(False):  # so that it can be written in every mode
-            tile = _local.tile = torch.empty(elements, dtype=torch.float32)
+        tile = _local.tile = torch.empty(elements, dtype=torch.float32)
     return tile[:elements]
+
+
+def _in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> None:
+    """Calls ``work(start, stop)`` for tiles of at most ``tile_rows`` rows, on as many threads as torch has.
+
+    Each thread takes the next tile when it is done with one, and its torch operations stay on its own core. They run
+    in inference mode, whatever the caller's mode.
+    """
+    threads = torch.get_num_threads()
+    tile_rows = max(1, min(tile_rows, -(-rows // threads)))
+    starts = iter(range(0, rows, tile_rows))
+
+    def take_tiles() -> None:
+        with torch.inference_mode():
+            for start in starts:
+                work(start, min(start + tile_rows, rows))
+
+    if threads == 1:
+        take_tiles()
+        return
+    workers = _workers(threads)
+    for worker in [workers.submit(take_tiles) for _ in range(threads)]:
+        worker.result()
+
+
+def _workers(threads: int) -> ThreadPoolExecutor:
+    """The threads of this process that work for its callers; a forked process has none of its parent's."""
+    key = os.getpid(), threads
+    with _lock:
+        if key not in _pools:
+            with ThreadPoolExecutor(1) as new_thread:
+                _pools[key] = new_thread.submit(_start_workers, threads).result()
+        return _pools[key]
+
+
+def _start_workers(threads: int) -> ThreadPoolExecutor:
+    """Starts threads in each of which torch works on one core. To be called in a new thread.
+
+    ``torch.set_num_threads`` holds for the thread that calls it and for threads that come after. What holds for the
+    latter is what a new thread has, and is put back.
+    """
+    default = torch.get_num_threads()
+    workers = ThreadPoolExecutor(threads, "auraflow-gguf")
+    all_here = threading.Barrier(threads)
+
+    def work_alone(_: int) -> None:
+        torch.get_num_threads()  # A thread takes the number over when it first needs it: not after this.
+        all_here.wait()  # so that every thread comes here, and for the shortest time that there can be
+        torch.set_num_threads(1)
+
+    try:
+        list(workers.map(work_alone, range(threads)))
+    finally:
+        torch.set_num_threads(default)
+    return workers

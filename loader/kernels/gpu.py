@@ -18,12 +18,9 @@ from collections.abc import Callable
 
 import torch
 
-from ..quant_types import QUANT_TYPES, QuantType
+from ..quant_types import QUANT_TYPES, STORED_DTYPES, QuantType
 
 logger = logging.getLogger(__name__)
-
-# Types that torch holds as they are, and converts in one pass or none.
-_STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 # Where Triton runs: NVIDIA's and AMD's GPUs, Intel's, and its interpreter on the CPU.
 _TRITON_DEVICES = ("cuda", "xpu", "cpu")
@@ -88,7 +85,7 @@ def _dense(
     packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype, new: Callable[..., torch.Tensor]
 ) -> torch.Tensor:
     """``(rows, columns)``, in memory that ``new(shape, dtype=, device=)`` gives where Triton writes it."""
-    if stored := _STORED_DTYPES.get(quant_type.name):
+    if stored := STORED_DTYPES.get(quant_type.name):
         return packed.view(stored).to(dtype)
     if kernels := _kernels(quant_type, packed.device):
         columns = packed.shape[1] // quant_type.type_size * quant_type.block_size

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from .base import QuantType
-from .floats import dequantize_bf16, dequantize_f16, dequantize_f32, dequantize_f64
+from .floats import STORED_DTYPES, dequantize_bf16, dequantize_f16, dequantize_f32, dequantize_f64
 from .fp4 import dequantize_mxfp4, dequantize_nvfp4
 from .iq1 import dequantize_iq1_m, dequantize_iq1_s
 from .iq2 import dequantize_iq2_s, dequantize_iq2_xs, dequantize_iq2_xxs
@@ -34,7 +34,7 @@ from .legacy import (
 )
 from .ternary import dequantize_tq1_0, dequantize_tq2_0
 
-__all__ = ["NOT_WEIGHT_TYPES", "QUANT_TYPES", "TYPES_BY_ID", "QuantType"]
+__all__ = ["NOT_WEIGHT_TYPES", "QUANT_TYPES", "STORED_DTYPES", "TYPES_BY_ID", "QuantType"]
 
 TYPES_BY_ID: Mapping[int, QuantType] = {
     entry.id: entry

@@ -39,8 +39,25 @@ def planes(packed: torch.Tensor, width: int) -> torch.Tensor:
     Returns:
         ``(…, 8 / width, k) uint8``.
     """
-    fields = packed.unsqueeze(-2) >> _shifts(width, packed.device).unsqueeze(-1)
+    if packed.device.type == "cpu":  # where torch vectorises a shift by one number, but not by several
+        fields = torch.stack([packed >> shift for shift in range(0, 8, width)], dim=-2)
+    else:
+        fields = packed.unsqueeze(-2) >> _shifts(width, packed.device).unsqueeze(-1)
     return fields.bitwise_and_((1 << width) - 1)
+
+
+def multiply(scale: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """``scale × q``: float32, and small integers of the result's shape."""
+    if q.device.type == "cpu":  # where torch does not vectorise a product of two types
+        return q.float().mul_(scale)
+    return scale * q
+
+
+def multiply_add(scale: torch.Tensor, q: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """``scale × q + offset``: float32, small integers of the result's shape, and float32."""
+    if q.device.type == "cpu":
+        return multiply(scale, q).add_(offset)
+    return torch.addcmul(offset, scale, q)
 
 
 def fields(packed: torch.Tensor, width: int) -> torch.Tensor:

@@ -14,6 +14,9 @@ from __future__ import annotations
 
 import torch
 
+# Types that torch holds as they are, and converts in one pass or none.
+STORED_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 
 def dequantize_f32(blocks: torch.Tensor) -> torch.Tensor:
     return blocks.view(torch.float32)

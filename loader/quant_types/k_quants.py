@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .bits import halves, planes
+from .bits import halves, multiply, multiply_add, planes
 
 
 def dequantize_q2_k(blocks: torch.Tensor) -> torch.Tensor:
@@ -84,7 +84,7 @@ def _six_bits(scales: torch.Tensor) -> torch.Tensor:
 def _scaled(scale: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
     """``(n_blocks, groups) float32`` × ``(n_blocks, 256) int8`` → ``(n_blocks, 256) float32``."""
     q = q.unflatten(1, (scale.shape[1], 256 // scale.shape[1]))
-    return (scale.unsqueeze(-1) * q).flatten(1)
+    return multiply(scale.unsqueeze(-1), q).flatten(1)
 
 
 def _scaled_minus_minimum(dm: torch.Tensor, scales: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
@@ -100,4 +100,4 @@ def _scaled_minus_minimum(dm: torch.Tensor, scales: torch.Tensor, q: torch.Tenso
     """
     scale, minimum = (halves(dm).unsqueeze(-1) * scales).unsqueeze(-1).unbind(1)
     q = q.flatten(1).unflatten(1, (scale.shape[1], 256 // scale.shape[1]))
-    return torch.addcmul(-minimum, scale, q).flatten(1)
+    return multiply_add(scale, q, -minimum).flatten(1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from .bits import fields, halves, lookup, planes
+from .bits import fields, halves, lookup, multiply, multiply_add, planes
 from .signs import byte_signs
 
 
@@ -24,13 +24,13 @@ def dequantize_q4_0(blocks: torch.Tensor) -> torch.Tensor:
     """18 bytes, 32 weights: ``d[2] qs[16]``; ``x = d (q - 8)``."""
     d, qs = blocks.split((2, 16), dim=1)
     q = planes(qs, 4).view(torch.int8).sub_(8)
-    return halves(d) * q.flatten(1)
+    return multiply(halves(d), q.flatten(1))
 
 
 def dequantize_q4_1(blocks: torch.Tensor) -> torch.Tensor:
     """20 bytes, 32 weights: ``d[2] m[2] qs[16]``; ``x = d q + m``."""
     d, m, qs = blocks.split((2, 2, 16), dim=1)
-    return torch.addcmul(halves(m), halves(d), planes(qs, 4).flatten(1))
+    return multiply_add(halves(d), planes(qs, 4).flatten(1), halves(m))
 
 
 def _five_bits(qh: torch.Tensor, qs: torch.Tensor) -> torch.Tensor:
@@ -40,16 +40,16 @@ def _five_bits(qh: torch.Tensor, qs: torch.Tensor) -> torch.Tensor:
 def dequantize_q5_0(blocks: torch.Tensor) -> torch.Tensor:
     """22 bytes, 32 weights: ``d[2] qh[4] qs[16]``; ``x = d (q - 16)``."""
     d, qh, qs = blocks.split((2, 4, 16), dim=1)
-    return halves(d) * _five_bits(qh, qs).view(torch.int8).sub_(16)
+    return multiply(halves(d), _five_bits(qh, qs).view(torch.int8).sub_(16))
 
 
 def dequantize_q5_1(blocks: torch.Tensor) -> torch.Tensor:
     """24 bytes, 32 weights: ``d[2] m[2] qh[4] qs[16]``; ``x = d q + m``."""
     d, m, qh, qs = blocks.split((2, 2, 4, 16), dim=1)
-    return torch.addcmul(halves(m), halves(d), _five_bits(qh, qs))
+    return multiply_add(halves(d), _five_bits(qh, qs), halves(m))
 
 
 def dequantize_q8_0(blocks: torch.Tensor) -> torch.Tensor:
     """34 bytes, 32 weights: ``d[2] qs[32]``; ``x = d q``, ``q`` a signed byte."""
     d, qs = blocks.split((2, 32), dim=1)
-    return halves(d) * qs.view(torch.int8)
+    return multiply(halves(d), qs.view(torch.int8))

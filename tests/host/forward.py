@@ -9,13 +9,22 @@ import torch
 CPU = torch.device("cpu")
 
 
-def forward(patcher, *, size=8, tokens=6, batch=1, seed=3) -> torch.Tensor:
-    """The denoised latents ``(batch, 4, size, size)`` of fixed inputs; the patcher's weights must be loaded."""
+def forward(patcher, *, size=8, tokens=6, batch=1, seed=3, options=None) -> torch.Tensor:
+    """The denoised latents ``(batch, 4, size, size)`` of fixed inputs; the patcher's weights must be loaded.
+
+    ``options`` are the transformer options, such as `sampler_options`.
+    """
     generator = torch.Generator().manual_seed(seed)
     latent = torch.randn(batch, 4, size, size, generator=generator)
     context = torch.randn(batch, tokens, 2048, generator=generator)
     sigma = torch.full((batch,), 0.7)
-    return patcher.model.apply_model(latent, sigma, c_crossattn=context, transformer_options={})
+    return patcher.model.apply_model(latent, sigma, c_crossattn=context, transformer_options=options or {})
+
+
+def sampler_options(patcher, sigmas=(0.7,)) -> dict:
+    """What a sampler passes to the transformer: the patcher's wrappers and the schedule. Has the patcher in charge."""
+    patcher.pre_run()
+    return {"wrappers": patcher.wrappers, "sample_sigmas": torch.tensor(sigmas)}
 
 
 @contextmanager
@@ -30,6 +39,9 @@ def loaded(patcher, how: str):
         patcher.patch_model(CPU)
         patcher.unpatch_model(CPU)
         patcher.patch_model(CPU)
+    elif how == "rest later":
+        patcher.patch_model(CPU, lowvram_model_memory=size // 2)
+        patcher.load(CPU, full_load=True)
     else:
         patcher.patch_model(CPU, lowvram_model_memory={"full": 0, "half": size // 2, "lowvram": 1}[how])
     try:
@@ -38,4 +50,4 @@ def loaded(patcher, how: str):
         patcher.unpatch_model(CPU)
 
 
-MODES = ["full", "half", "lowvram", "partial unload", "reload"]
+MODES = ["full", "half", "lowvram", "rest later", "partial unload", "reload"]

@@ -6,18 +6,50 @@ import comfy.hooks
 import comfy.sample
 import torch
 
+QUICK = {"steps": 2, "size": 8, "tokens": 6}
+"""Arguments of ``sample`` for tests in which the path counts, not the picture."""
+
 
 def sample(
-    model, *, sampler="euler", scheduler="simple", steps=4, cfg=3.5, size=16, tokens=24, seed=1, hooks=None
+    model,
+    *,
+    sampler="euler",
+    scheduler="simple",
+    steps=4,
+    cfg=3.5,
+    size=16,
+    tokens=24,
+    seed=1,
+    hooks=None,
+    regions=({},),
+    **options,
 ) -> torch.Tensor:
-    """Latents ``(1, 4, size, size)`` float32 of fixed noise and random conditionings; ``hooks`` act on the positive."""
+    """Latents ``(1, 4, size, size)`` float32 of fixed noise and random conditionings.
+
+    Args:
+        hooks: act on the positive conditioning.
+        regions: the options of each part of the positive conditioning, such as ``{"area": …}``.
+        options: as ``comfy.sample.sample`` takes them.
+    """
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1, 4, size, size, generator=generator)
-    positive, negative = ([[torch.randn(1, tokens, 2048, generator=generator), {}]] for _ in range(2))
+    positive = [[torch.randn(1, tokens, 2048, generator=generator), region] for region in regions]
+    negative = [[torch.randn(1, tokens, 2048, generator=generator), {}]]
     positive = comfy.hooks.set_hooks_for_conditioning(positive, hooks)
     latent = torch.zeros_like(noise)
     return comfy.sample.sample(
-        model, noise, steps, cfg, sampler, scheduler, positive, negative, latent, seed=seed, disable_pbar=True
+        model,
+        noise,
+        steps,
+        cfg,
+        sampler,
+        scheduler,
+        positive,
+        negative,
+        latent,
+        seed=seed,
+        disable_pbar=True,
+        **options,
     )
 
 

@@ -8,6 +8,7 @@ from auraflow_gguf.loader.auraflow import AURAFLOW
 from auraflow_gguf.loader.errors import ModelFileError
 from auraflow_gguf.loader.lora import load_lora
 from auraflow_gguf.loader.model import load_model
+from comfy.model_patcher import ModelPatcher
 from safetensors.torch import save_file
 
 from .aura_files import load_dense, make_gguf
@@ -133,3 +134,10 @@ def test_a_file_that_is_no_lora_is_refused(packed, tmp_path):
     save_file({"some.weight": torch.zeros(4, 4)}, path)
     with pytest.raises(ModelFileError, match="of which none is a LoRA's"):
         load_lora(packed, path, 1.0)
+
+
+def test_a_model_that_is_not_auraflow_is_refused(packed, shapes, tmp_path):
+    path = write(tmp_path / "lora.safetensors", shapes, SPELLINGS["<native>"][0])
+    other = ModelPatcher(torch.nn.Linear(2, 2), packed.load_device, packed.offload_device)
+    with pytest.raises(ValueError, match="The model is Linear, not AuraFlow: connect"):
+        load_lora(other, path, 1.0)

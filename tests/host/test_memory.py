@@ -1,5 +1,6 @@
 """The file is mapped, not copied, and nothing of it stays when the model is gone."""
 
+import ctypes
 import gc
 import os
 import shutil
@@ -14,14 +15,36 @@ from auraflow_gguf.loader.model import load_model
 from .aura_files import make_gguf
 from .sampling import sample
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self, which Linux alone has")
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"),
+    reason="reads /proc/self, which Linux alone has, and the counters of glibc 2.33",
+)
 
 CYCLES = 50
+MAX_BYTES = 20_000  # that a cycle may leave
+MAX_OBJECTS = 100
+
+
+class Mallinfo2(ctypes.Structure):
+    """glibc's ``struct mallinfo2``."""
+
+    _fields_ = (
+        *((name, ctypes.c_size_t) for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks")),
+        *((name, ctypes.c_size_t) for name in ("uordblks", "fordblks", "keepcost")),
+    )
 
 
 def held() -> dict[str, int]:
+    """What the process has. Of its memory malloc keeps free parts, more of them or less by chance: those are given
+    back before it is read, and what malloc has lent out, to tensors and all else, is counted by itself."""
     gc.collect()
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = Mallinfo2
+    info = libc.mallinfo2()
+    libc.malloc_trim(0)
     return {
+        "allocated memory": info.uordblks + info.hblkhd,
+        "Python's objects": sys.getallocatedblocks(),
         "anonymous memory": anonymous_bytes(),
         "open files": len(os.listdir("/proc/self/fd")),
         "mappings": len(Path("/proc/self/maps").read_text().splitlines()),
@@ -52,13 +75,15 @@ def test_cycles_of_load_sample_and_unload_leave_nothing(tmp_path):
         sample(model, steps=1, cfg=1.0, size=8, tokens=4)
         comfy.model_management.unload_all_models()
 
-    for _ in range(5):
+    for _ in range(3):
         cycle()
     before = held()
     for _ in range(CYCLES):
         cycle()
     after = held()
     assert mappings_of(path) == 0
+    assert after["allocated memory"] - before["allocated memory"] < CYCLES * MAX_BYTES, (before, after)
+    assert after["Python's objects"] - before["Python's objects"] < CYCLES * MAX_OBJECTS, (before, after)
     for what, value in after.items():
         assert value <= before[what] * 1.01, (what, before, after)
     path.unlink()

@@ -9,6 +9,7 @@ import pytest
 import torch
 import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
 from auraflow_gguf import comfy_entrypoint
+from auraflow_gguf.loader.errors import ModelFileError
 from auraflow_gguf.nodes.folders import register_gguf_folders
 
 from .aura_files import make_gguf
@@ -52,6 +53,26 @@ def test_files_of_all_folders_are_listed_and_those_of_other_packs_kept(pack_node
     assert str(models.parent / "of another pack") in folder_paths.get_folder_paths("unet_gguf")
 
 
+def test_text_encoders_are_listed_from_both_folders_and_loaded_anew_when_replaced(pack_nodes, tmp_path, monkeypatch):
+    known = folder_paths.folder_names_and_paths
+    folders = [tmp_path / name for name in ("text_encoders", "clip")]
+    for folder in folders:
+        folder.mkdir()
+        (folder / f"{folder.name}.gguf").touch()
+        (folder / f"{folder.name}.safetensors").touch()
+    monkeypatch.setitem(known, "text_encoders", ([str(folder) for folder in folders], {".safetensors"}))
+    monkeypatch.setitem(known, "clip_gguf", ([], set()))
+    register_gguf_folders()
+    folder_paths.filename_list_cache.clear()
+    node = pack_nodes["AuraFlowGGUFTextEncoderLoader"]
+    assert node.define_schema().inputs[0].options == ["clip.gguf", "text_encoders.gguf"]
+    before = node.fingerprint_inputs("clip.gguf")
+    os.utime(folders[1] / "clip.gguf", ns=(1, 1))
+    assert node.fingerprint_inputs("clip.gguf") != before
+    with pytest.raises(ModelFileError, match=r"clip\.gguf: found an empty file"):
+        node.execute("clip.gguf")
+
+
 def test_a_replaced_file_is_loaded_anew(pack_nodes, models):
     node = pack_nodes["AuraFlowGGUFLoader"]
     before = node.fingerprint_inputs(NAME)
@@ -59,6 +80,17 @@ def test_a_replaced_file_is_loaded_anew(pack_nodes, models):
     assert node.fingerprint_inputs(NAME, "float16") != before
     os.utime(models / NAME, ns=(1, 1))
     assert node.fingerprint_inputs(NAME) != before
+
+
+def test_a_replaced_part_of_a_split_file_counts(pack_nodes, models):
+    node = pack_nodes["AuraFlowGGUFLoader"]
+    first, second = (models / f"[a]-0000{number}-of-00002.gguf" for number in (1, 2))
+    first.touch()
+    before = node.fingerprint_inputs(first.name)
+    second.touch()
+    both = node.fingerprint_inputs(first.name)
+    os.utime(second, ns=(1, 1))
+    assert len({before, both, node.fingerprint_inputs(first.name)}) == 3
 
 
 def test_two_loaders_share_no_setting(pack_nodes, models):

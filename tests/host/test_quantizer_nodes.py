@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+from dataclasses import replace
 
 import comfy.model_management
 import folder_paths
@@ -12,14 +13,25 @@ from auraflow_gguf.devtools import random_models
 from auraflow_gguf.loader.errors import ModelFileError
 from auraflow_gguf.loader.gguf_file import open_gguf
 from auraflow_gguf.loader.model import load_model
+from auraflow_gguf.loader.parts import PARTS
+from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.nodes import AuraFlowGGUFExtension
 from auraflow_gguf.nodes.convert import AuraFlowGGUFConvert
 from auraflow_gguf.nodes.importance import AuraFlowGGUFImportance
 from auraflow_gguf.nodes.save import AuraFlowGGUFSave, ModelCheckpoint
+from auraflow_gguf.quantizer.convert import quantize
 from auraflow_gguf.quantizer.imatrix import read_imatrix
+from comfy.text_encoders.aura_t5 import AuraT5Tokenizer
+from safetensors.torch import load_file
 
-from .aura_files import load_dense, make_gguf
-from .sampling import relative_error, sample
+from .aura_files import (
+    TEXT_SIZES,
+    load_dense,
+    make_gguf,
+    make_text_encoder_checkpoint,
+    make_text_encoder_gguf,
+)
+from .sampling import QUICK, relative_error, sample
 from .test_patcher import LINEARS, lora, patched
 
 CHECKPOINT = "auraflow.safetensors"
@@ -43,7 +55,7 @@ def output(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def models(tmp_path, monkeypatch, path):
+def models(tmp_path, monkeypatch):
     """The only folder of models/diffusion_models, with a checkpoint in it."""
     folder = tmp_path / "diffusion_models"
     folder.mkdir()
@@ -65,8 +77,8 @@ def packed_bytes(path):
 
 def test_a_model_with_a_lora_gives_its_picture_from_the_file(packed, path, output):
     model = patched(packed, lora)
-    expected = sample(model)
-    assert relative_error(sample(packed), expected) > 1e-2
+    expected = sample(model, **QUICK)
+    assert relative_error(sample(packed, **QUICK), expected) > 1e-2
     target = save(model, "Q4_0", tensor_types="\n".join(f"{name}=F32" for name in LINEARS))
     assert os.path.relpath(target, output) == os.path.join("diffusion_models", "test_00001_.gguf")
 
@@ -77,17 +89,17 @@ def test_a_model_with_a_lora_gives_its_picture_from_the_file(packed, path, outpu
         elif type_name == "Q4_0":
             assert after[name][0] == "Q4_0"
             assert torch.equal(after[name][1], blocks), name
-    assert relative_error(sample(load_model(target, torch.float32)), expected) < 1e-4
-    assert relative_error(sample(packed), expected) > 1e-2  # nothing was baked into the model itself
+    assert relative_error(sample(load_model(target, torch.float32), **QUICK), expected) < 1e-4
+    assert relative_error(sample(packed, **QUICK), expected) > 1e-2  # nothing was baked into the model itself
 
 
 def test_a_dense_model_with_a_lora_is_quantized(path, output):
     dense = load_dense(path)
     model = patched(dense, lora)
-    expected = sample(model)
+    expected = sample(model, **QUICK)
     saved = load_model(save(model, "Q8_0"), torch.float32)
-    assert relative_error(sample(dense), expected) > 2e-2
-    assert relative_error(sample(saved), expected) < 5e-3
+    assert relative_error(sample(dense, **QUICK), expected) > 2e-2
+    assert relative_error(sample(saved, **QUICK), expected) < 5e-3
 
 
 def test_patches_are_those_of_the_model_whatever_is_loaded(packed):
@@ -108,15 +120,36 @@ def test_patches_are_those_of_the_model_whatever_is_loaded(packed):
     assert name in LINEARS
 
 
-def test_a_checkpoint_is_converted(models, path):
+def test_a_checkpoint_is_converted(models):
     source = f"diffusion_models/{CHECKPOINT}"
     target = AuraFlowGGUFConvert.execute(source, "Q4_0").args[0]
     assert target == str(models / "auraflow-Q4_0.gguf")
-    made, expected = packed_bytes(target), packed_bytes(path)
-    assert made.keys() == expected.keys()
-    assert all(torch.equal(made[name][1], expected[name][1]) for name in expected)
+    made, weights = packed_bytes(target), load_file(models / CHECKPOINT)
+    assert made.keys() == weights.keys()
+    for name, type_name in (("single_layers.0.attn.w1q.weight", "Q4_0"), ("modF.1.weight", "BF16")):
+        expected = quantize(weights[name].float(), QUANT_TYPES[type_name])
+        assert made[name][0] == type_name
+        assert torch.equal(made[name][1], torch.from_numpy(expected.reshape(-1)))
     with pytest.raises(ModelFileError, match="found a file of that name"):
         AuraFlowGGUFConvert.execute(source, "Q8_0", output_name="auraflow-Q4_0.gguf")
+
+
+def test_a_text_encoder_is_converted_into_its_folder_with_comfyuis_tokenizer(tmp_path, monkeypatch):
+    expected = packed_bytes(make_text_encoder_gguf("Q8_0"))
+    (tmp_path / "t5.safetensors").symlink_to(make_text_encoder_checkpoint())
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "text_encoders", ([str(tmp_path)], {".safetensors"}))
+    monkeypatch.setitem(PARTS, "text_encoder", replace(PARTS["text_encoder"], fixed=TEXT_SIZES))
+    folder_paths.filename_list_cache.clear()
+    assert "text_encoders/t5.safetensors" in AuraFlowGGUFConvert.define_schema().inputs[0].options
+    target = AuraFlowGGUFConvert.execute("text_encoders/t5.safetensors", "Q8_0").args[0]
+    assert target == str(tmp_path / "t5-Q8_0.gguf")
+    made = packed_bytes(target)
+    assert made.keys() == expected.keys()
+    assert all(torch.equal(made[name][1], expected[name][1]) for name in expected)
+    tokens = open_gguf(target).metadata["tokenizer.ggml.tokens"]
+    pieces = AuraT5Tokenizer().clip_pile_t5xl.tokenizer.get_vocab()
+    assert len(tokens) == 32128
+    assert {token: index for index, token in enumerate(tokens) if index < len(pieces)} == pieces
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", ".."])

@@ -23,5 +23,31 @@ def test_latents_equal_those_of_the_dense_weights(tmp_path, type_name):
     latents = sample(native)
     assert relative_error(latents, expected) < 1e-5
 
-    diffusers = respell(path, tmp_path / "diffusers.gguf", prefix="transformer.", spelling="diffusers")
-    assert torch.equal(sample(load_model(diffusers)), latents)
+    diffusers = load_model(respell(path, tmp_path / "diffusers.gguf", prefix="transformer.", spelling="diffusers"))
+    ours, others = (contents(model) for model in (native, diffusers))
+    assert ours.keys() == others.keys()
+    assert all(torch.equal(others[name], value) for name, value in ours.items())
+    if type_name == TYPES[0]:
+        assert torch.equal(sample(diffusers), latents)
+
+
+def contents(model) -> dict[str, torch.Tensor]:
+    """The bytes of every weight as it is kept."""
+    parameters = model.model.diffusion_model.named_parameters()
+    return {name: value._qdata if is_packed(value) else value for name, value in parameters}
+
+
+@pytest.mark.parametrize("spelling", ["native", "diffusers"])
+def test_a_bias_exists_exactly_when_the_file_holds_it(tmp_path, spelling):
+    name = "single_layers.0.attn.w1q"
+    bias = torch.linspace(-1, 1, 3072)
+    source = make_gguf("Q4_0")
+    file = respell(source, tmp_path / "biased.gguf", spelling=spelling, biases={f"{name}.bias": bias})
+    plain, biased = (load_model(path).model.diffusion_model for path in (source, file))
+    with_bias = [
+        {n for n, m in model.named_modules() if getattr(m, "bias", None) is not None} for model in (plain, biased)
+    ]
+    assert with_bias == [{"t_embedder.mlp.0", "t_embedder.mlp.2", "init_x_linear"}, {*with_bias[0], name}]
+    input = torch.randn(3, 3072, generator=torch.Generator().manual_seed(0))
+    expected = plain.get_submodule(name)(input) + bias
+    torch.testing.assert_close(biased.get_submodule(name)(input), expected)

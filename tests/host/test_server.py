@@ -9,17 +9,18 @@ from pathlib import Path
 import gguf
 import numpy as np
 import pytest
+import torch
 from auraflow_gguf.devtools import random_models
-from auraflow_gguf.devtools.server import PromptError, Server, Workflow, load_workflow, set_inputs
-from auraflow_gguf.devtools.templates import set_text_encoder
+from auraflow_gguf.devtools.server import PromptError, Server, Workflow, load_workflow, set_inputs, set_text_encoder
 from PIL import Image
+from safetensors.torch import save_file
 
 
 def text_to_image(model_name: str) -> Workflow:
     """The workflow with the demo's text encoder and VAE."""
     workflow = load_workflow("text_to_image")
     set_inputs(workflow, "AuraFlowGGUFLoader", model_name=model_name)
-    set_text_encoder(workflow, random_models.cached_text_encoder().name)
+    set_text_encoder(workflow, random_models.cached_text_encoder())
     set_inputs(workflow, "VAELoader", vae_name=random_models.cached_vae().name)
     return workflow
 
@@ -72,6 +73,39 @@ def test_text_to_image(server: Server) -> None:
     assert not re.search(r"clip missing|unet missing|Missing VAE keys", log)
 
 
+def test_a_lora_in_a_spelling_that_the_host_drops(server: Server) -> None:
+    folder = server.base / "models" / "loras"
+    folder.mkdir(exist_ok=True)
+    generator = torch.Generator().manual_seed(0)
+    factors = {
+        "lora_up": torch.randn(3072, 4, generator=generator),
+        "lora_down": torch.randn(4, 3072, generator=generator),
+    }
+    for name, module in (
+        ("lycoris", "lycoris_single_layers_0_attn_w1o"),
+        ("flux", "lora_unet_double_blocks_0_img_mlp_0"),
+    ):
+        save_file({f"{module}.{key}.weight": factor for key, factor in factors.items()}, folder / f"{name}.safetensors")
+
+    workflow = quick(text_to_image(random_models.cached_auraflow().name), seed=3)
+    (plain,) = server.prompt(workflow)
+    workflow["lora"] = {
+        "class_type": "AuraFlowLoraLoader",
+        "inputs": {"model": ["loader", 0], "lora_name": "lycoris.safetensors", "strength": 1.0},
+    }
+    workflow["sampling"]["inputs"]["model"] = ["lora", 0]
+    (changed,) = server.prompt(workflow)
+    pictures = [np.asarray(Image.open(path), np.float32) for path in (plain, changed)]
+    assert np.abs(pictures[0] - pictures[1]).mean() > 1
+    assert "lycoris.safetensors: matched 1 of 1 modules" in server.log.read_text(encoding="utf-8", errors="replace")
+
+    set_inputs(workflow, "AuraFlowLoraLoader", lora_name="flux.safetensors")
+    with pytest.raises(
+        PromptError, match=r"AuraFlowLoraLoader: flux.safetensors: found a Flux LoRA .*made for AuraFlow"
+    ):
+        server.prompt(workflow)
+
+
 @pytest.mark.parametrize(
     ("name", "write", "found"),
     [
@@ -88,6 +122,19 @@ def test_a_bad_file_is_refused_in_a_sentence(
         server.prompt(quick(text_to_image(name), seed=1))
     assert found in str(refusal.value)
     assert server.prompt(quick(text_to_image(random_models.cached_auraflow().name), seed=len(name)))
+
+
+def test_a_transformer_in_place_of_the_text_encoder_is_refused_in_a_sentence(server: Server) -> None:
+    name = "aura.gguf"
+    (server.base / "models" / "text_encoders" / name).symlink_to(random_models.cached_auraflow())
+    workflow = quick(text_to_image(random_models.cached_auraflow().name), seed=1)
+    set_text_encoder(workflow, Path(name))
+    with pytest.raises(PromptError) as refusal:
+        server.prompt(workflow)
+    assert str(refusal.value) == (
+        f"AuraFlowGGUFTextEncoderLoader: {name}: found an AuraFlow transformer, expected the Pile-T5-XL text encoder. "
+        "Move it to models/diffusion_models and load it with 'Load AuraFlow (GGUF)'."
+    )
 
 
 def test_a_file_that_is_not_there_is_refused_in_a_sentence(server: Server) -> None:

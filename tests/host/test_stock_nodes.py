@@ -4,18 +4,18 @@ import comfy.hooks
 import comfy.sd
 import comfy.utils
 import pytest
+import torch
 import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
 from auraflow_gguf.loader.layout import is_packed
 from auraflow_gguf.loader.model import load_model
-from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
-from comfy_extras.nodes_model_merging import ModelMergeSimple, ModelSave
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_model_advanced import ModelComputeDtype, ModelSamplingAuraFlow
+from comfy_extras.nodes_model_merging import ModelMergeBlocks, ModelMergeSimple, ModelSave
 
 from .aura_files import load_dense, make_gguf
 from .forward import forward, loaded
-from .sampling import relative_error, sample
-from .test_patcher import LINEARS, diff, dora, lora, patched
-
-QUICK = {"steps": 2, "size": 8, "tokens": 6}
+from .sampling import QUICK, relative_error, sample
+from .test_patcher import LINEARS, diff, dora, lora, noise, patched, state_of
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +28,9 @@ def dense():
     return load_dense(make_gguf("Q4_0"))
 
 
-def lora_hooks(kind, strengths=(1.0,)):
+def lora_hooks(kind, strengths=(1.0,), names=tuple(LINEARS)):
     """What Create Hook LoRA makes, with a keyframe for each strength, spread over the steps."""
-    state = {}
-    for name, shape in LINEARS.items():
-        state |= kind(f"diffusion_model.{name}", shape)
-    hooks = comfy.hooks.create_hook_lora(state, 1.0, 0.0)
+    hooks = comfy.hooks.create_hook_lora(state_of(kind, names), 1.0, 0.0)
     keyframes = comfy.hooks.HookKeyframeGroup()
     for number, strength in enumerate(strengths):
         keyframes.add(comfy.hooks.HookKeyframe(strength, start_percent=number / len(strengths)))
@@ -52,9 +49,26 @@ def test_lora_hooks_with_keyframes(packed, dense, kind, strengths):
     assert relative_error(sample(packed, **QUICK), base) == 0
 
 
-def test_hooks_over_a_lora(packed, dense):
-    expected = sample(patched(dense, diff), hooks=lora_hooks(lora), **QUICK)
-    assert relative_error(sample(patched(packed, diff), hooks=lora_hooks(lora), **QUICK), expected) < 1e-5
+@pytest.mark.parametrize(("base", "hook"), [(diff, lora), (lora, lora), (lora, dora)], ids=lambda kind: kind.__name__)
+def test_hooks_over_patches(packed, dense, base, hook):
+    """What a hook changes is the patched weight: beside it, and (DoRA) where its norm counts."""
+    expected = sample(patched(dense, base), hooks=lora_hooks(hook), **QUICK)
+    model = patched(packed, base)
+    assert relative_error(sample(model, hooks=lora_hooks(hook), **QUICK), expected) < 1e-5
+    assert relative_error(sample(model, **QUICK), expected) > 1e-3
+    assert relative_error(sample(model, **QUICK), sample(patched(dense, base), **QUICK)) < 1e-5
+
+
+def test_hook_of_another_model(packed, dense):
+    """Create Hook Model as LoRA: the difference of two models, of which one is packed."""
+    other = {f"diffusion_model.{name}.weight": noise(*shape) for name, shape in LINEARS.items()}
+
+    def hooks():
+        return comfy.hooks.create_hook_model_as_lora(other, None, 0.5, 0.0)
+
+    expected = sample(dense, hooks=hooks(), **QUICK)
+    assert relative_error(sample(packed, hooks=hooks(), **QUICK), expected) < 1e-5
+    assert relative_error(sample(packed, **QUICK), expected) > 1e-3
 
 
 def test_model_sampling(packed, dense):
@@ -63,6 +77,69 @@ def test_model_sampling(packed, dense):
 
     assert relative_error(shifted(packed), shifted(dense)) < 1e-5
     assert relative_error(shifted(packed), sample(packed, **QUICK)) > 1e-3
+
+
+def test_compute_dtype(packed, dense):
+    """ModelComputeDtype on weights that show another type as theirs."""
+
+    def computed(model):
+        return sample(ModelComputeDtype().patch(patched(model, lora), "bf16")[0], **QUICK)
+
+    exact = sample(patched(packed, lora), **QUICK)
+    assert relative_error(computed(packed), exact) < 2 * relative_error(computed(dense), exact)
+    assert torch.equal(sample(patched(packed, lora), **QUICK), exact)
+
+
+def test_bypass_lora(packed, dense):
+    """The host's own way beside the weight, by injections, on top of ours."""
+    names = ("double_layers.0.attn.w2k", "final_linear")
+    state = state_of(lora, names)
+
+    def bypassing(model):
+        return comfy.sd.load_bypass_lora_for_models(patched(model, lora), None, state, 0.7, 0.0)[0]
+
+    expected = sample(patched(patched(dense, lora), lora, 0.7, names), **QUICK)
+    assert relative_error(sample(bypassing(packed), **QUICK), expected) < 1e-5
+    assert relative_error(sample(packed, **QUICK), expected) > 1e-3
+
+
+def test_transformer_options(packed, dense):
+    """A patch of another node that replaces a block."""
+
+    def halved(model):
+        def block(args, extra):
+            out = extra["original_block"](args)
+            return {**out, "img": 0.5 * out["img"]}
+
+        clone = patched(model, lora)
+        clone.set_model_patch_replace(block, "dit", "double_block", 0)
+        return sample(clone, **QUICK)
+
+    assert relative_error(halved(packed), halved(dense)) < 1e-5
+    assert relative_error(halved(packed), sample(patched(packed, lora), **QUICK)) > 1e-3
+
+
+def test_compiled(packed):
+    """What TorchCompileModel does, with a backend that needs no compiler."""
+    model = patched(packed, lora).clone(disable_dynamic=True)
+    expected = sample(model, **QUICK)
+    set_torch_compile_wrapper(model, backend="aot_eager")
+    assert relative_error(sample(model, **QUICK), expected) < 1e-5
+
+
+def test_merged_by_blocks_with_a_dense_model(packed, dense):
+    ratios = {"input": 0.3, "double_layers.": 0.9, "single_layers.0.mlp": 0.0}
+
+    def merged(model, other):
+        return ModelMergeBlocks().merge(patched(model, diff), other, **ratios)[0]
+
+    with loaded(merged(dense, dense), "full") as twin:
+        expected = forward(twin)
+    for one, other in ((packed, dense), (dense, packed)):
+        with loaded(merged(one, other), "full") as model:
+            assert relative_error(forward(model), expected) < 1e-5
+    with loaded(packed, "full"):
+        assert relative_error(forward(packed), expected) > 1e-3
 
 
 def test_merged_and_saved_and_loaded_again(packed, dense, tmp_path):

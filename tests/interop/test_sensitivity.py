@@ -6,6 +6,7 @@ from statistics import mean
 import pytest
 import torch
 from auraflow_gguf.loader.auraflow import AURAFLOW
+from auraflow_gguf.loader.parts import PARTS
 from auraflow_gguf.quantizer import comparison, convert, evaluation
 from auraflow_gguf.quantizer.evaluation import Inputs, output_errors
 from auraflow_gguf.quantizer.sensitivity import ALL, GROUPS, sensitivity
@@ -19,8 +20,7 @@ INPUTS = Inputs(size=8, tokens=5)
 
 @pytest.fixture
 def source(tmp_path, monkeypatch):
-    for module in (convert, comparison):
-        monkeypatch.setattr(module, "AURAFLOW", replace(AURAFLOW, fixed={}))
+    monkeypatch.setitem(PARTS, "transformer", replace(AURAFLOW, fixed={}))
     save_file(WEIGHTS, tmp_path / "aura.safetensors")
     return tmp_path / "aura.safetensors"
 

@@ -44,8 +44,6 @@ def test_dequantizes_to_ggmls_values(weight):
 def test_linear(weight, shape, bias):
     x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     result = torch.nn.functional.linear(x, weight, bias)
-    if bias is None:  # one tile: a product of the same shape, and so the same bits
-        assert torch.equal(result, torch.nn.functional.linear(x, expected(weight)))
     torch.testing.assert_close(result, torch.nn.functional.linear(x, expected(weight), bias), rtol=1e-5, atol=1e-4)
 
 

@@ -223,7 +223,8 @@ def text_encoder(kind):
 
 PILE_T5 = (
     "the Pile-T5-XL text encoder, expected an AuraFlow transformer. "
-    "It is AuraFlow's text encoder, not its transformer: it belongs in models/text_encoders."
+    "It is AuraFlow's text encoder, not its transformer: it belongs in models/text_encoders, a GGUF file for "
+    "'Load AuraFlow Text Encoder (GGUF)', any other for ComfyUI's 'Load CLIP'."
 )
 A_LANGUAGE_MODEL = (
     "a language model, expected an AuraFlow transformer. Language models run in llama.cpp and the like; as the text "

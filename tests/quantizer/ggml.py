@@ -1,4 +1,4 @@
-"""ggml's own quantizer: the prebuilt library in an npm package, fetched once into the cache folder."""
+"""ggml's own quantizer and reader: the prebuilt library in an npm package, fetched once into the cache folder."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -21,15 +22,50 @@ SHA256 = "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0"
 LIBRARY = "package/bins/linux-x64/libggml-base.so"
 
 
+_ARRAY = 9
+_GETTERS = {  # by enum gguf_type
+    4: ("gguf_get_val_u32", ctypes.c_uint32),
+    6: ("gguf_get_val_f32", ctypes.c_float),
+    7: ("gguf_get_val_bool", ctypes.c_bool),
+    8: ("gguf_get_val_str", ctypes.c_char_p),
+}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What llama.cpp finds in a GGUF file.
+
+    Attributes:
+        metadata: values by key; of an array, the number of its elements.
+        tensors: shape, outermost first, and type by name.
+    """
+
+    metadata: dict[str, object]
+    tensors: dict[str, tuple[tuple[int, ...], int]]
+
+
 class Unavailable(Exception):
     """ggml's library cannot be had here; the message says what is absent."""
 
 
+class _InitParams(ctypes.Structure):
+    """``struct gguf_init_params``."""
+
+    _fields_ = (("no_alloc", ctypes.c_bool), ("context", ctypes.POINTER(ctypes.c_void_p)))
+
+
+class _Tensor(ctypes.Structure):
+    """The beginning of ``struct ggml_tensor``."""
+
+    _fields_ = (("type", ctypes.c_int), ("buffer", ctypes.c_void_p), ("sizes", ctypes.c_int64 * 4))
+
+
 class Ggml:
-    """``ggml_quantize_chunk`` of a ggml library."""
+    """``ggml_quantize_chunk`` and ``gguf_init_from_file`` of a ggml library."""
 
     def __init__(self, library: Path):
-        self._quantize_chunk = ctypes.CDLL(str(library)).ggml_quantize_chunk
+        self._library = ctypes.CDLL(str(library))
+        self._quantize_chunk = self._library.ggml_quantize_chunk
         self._quantize_chunk.restype = ctypes.c_size_t
         integer, pointer = ctypes.c_int64, ctypes.c_void_p
         # type, source, target, first weight, rows, columns, importance
@@ -43,6 +79,47 @@ class Ggml:
         size = self._quantize_chunk(quant_type.id, rows.ctypes.data, packed.ctypes.data, 0, n_rows, columns, importance)
         assert size == packed.nbytes
         return packed
+
+    def read(self, path: Path) -> Contents:
+        """What llama.cpp finds in a GGUF file.
+
+        Raises:
+            ValueError: it refuses the file.
+        """
+        tensors = ctypes.c_void_p()
+        params = _InitParams(no_alloc=True, context=ctypes.pointer(tensors))
+        file = ctypes.c_void_p(self._call("gguf_init_from_file", str(path).encode(), params, returns=ctypes.c_void_p))
+        if not file:
+            raise ValueError(f"llama.cpp cannot read {path}")
+        try:
+            return Contents(
+                metadata=dict(self._key_value(file, index) for index in range(self._call("gguf_get_n_kv", file))),
+                tensors=dict(self._tensor(file, tensors, i) for i in range(self._call("gguf_get_n_tensors", file))),
+            )
+        finally:
+            self._call("gguf_free", file)
+            self._call("ggml_free", tensors)
+
+    def _key_value(self, file: ctypes.c_void_p, index: int) -> tuple[str, object]:
+        """A key with its value; of an array, the number of its elements."""
+        key = self._call("gguf_get_key", file, index, returns=ctypes.c_char_p).decode()
+        kind = self._call("gguf_get_kv_type", file, index, returns=ctypes.c_int)
+        if kind == _ARRAY:
+            return key, self._call("gguf_get_arr_n", file, index, returns=ctypes.c_size_t)
+        getter, returns = _GETTERS[kind]
+        value = self._call(getter, file, index, returns=returns)
+        return key, value.decode() if isinstance(value, bytes) else value
+
+    def _tensor(self, file: ctypes.c_void_p, tensors: ctypes.c_void_p, index: int) -> tuple[str, tuple]:
+        name = self._call("gguf_get_tensor_name", file, index, returns=ctypes.c_char_p)
+        tensor = self._call("ggml_get_tensor", tensors, name, returns=ctypes.POINTER(_Tensor))
+        dimensions = self._call("ggml_n_dims", tensor, returns=ctypes.c_int)
+        return name.decode(), (tuple(tensor.contents.sizes[:dimensions][::-1]), tensor.contents.type)
+
+    def _call(self, function: str, *arguments, returns: type = ctypes.c_int64):
+        function = getattr(self._library, function)
+        function.restype = returns
+        return function(*(ctypes.c_int64(item) if isinstance(item, int) else item for item in arguments))
 
 
 def load() -> Ggml:

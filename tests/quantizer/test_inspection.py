@@ -34,9 +34,10 @@ def test_describe(model):
     assert description.metadata["general.name"] == "aura"
     assert description.dimensions["single_layers"] == 2
     groups = {group.name: group for group in description.groups}
-    assert groups["modulation"].types == {"Q5_K": 4}
-    assert groups["modulation"].weights == 4 * 6 * 256 * 256
-    assert groups["modulation"].bits_per_weight == 5.5
+    assert groups["modulation"].types == {"Q5_K": 4, "BF16": 1}
+    assert groups["modulation"].weights == (4 * 6 + 2) * 256 * 256
+    assert 5.5 < groups["modulation"].bits_per_weight < 6.5
+    assert description.memory["without_cache"] - description.memory["with_cache"] == groups["modulation"].nbytes
     assert groups["attention"].types == {"Q4_K": 8, "Q5_K": 8}
     assert groups["MLP"].types == {"Q4_K": 8, "Q5_K": 4}
     assert description.total.weights == sum(weight.numel() for weight in WEIGHTS.values())

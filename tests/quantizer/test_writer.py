@@ -68,6 +68,26 @@ def test_an_existing_target_is_refused_and_kept(tmp_path):
     assert target.read_bytes()[:4] == b"GGUF"
 
 
+def test_a_target_made_meanwhile_is_kept(tmp_path):
+    target = tmp_path / "a.gguf"
+
+    def data(tensor):
+        target.write_text("of another program")
+        yield from fill(tensor)
+
+    with pytest.raises(ModelFileError, match="--overwrite"):
+        write_gguf(target, {}, [F32], data)
+    assert os.listdir(tmp_path) == ["a.gguf"]
+    assert target.read_text() == "of another program"
+
+
+def test_a_target_that_cannot_be_replaced_is_said_and_leaves_nothing_else(tmp_path):
+    (tmp_path / "a.gguf").mkdir()
+    with pytest.raises(ModelFileError, match=r"a\.gguf: found that it cannot be replaced .* Unload the model"):
+        write_gguf(tmp_path / "a.gguf", {}, [F32], fill, overwrite=True)
+    assert os.listdir(tmp_path) == ["a.gguf"]
+
+
 def test_a_missing_folder_is_named(tmp_path):
     with pytest.raises(ModelFileError, match=r"no folder .*nowhere"):
         write_gguf(tmp_path / "nowhere" / "a.gguf", {}, [F32], fill)

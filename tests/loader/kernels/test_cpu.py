@@ -1,5 +1,12 @@
 """The tiled product on a CPU equals the product with the dequantized weight, with libgguf and without."""
 
+import os
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import libgguf
 import pytest
 import torch
 from auraflow_gguf.loader.kernels import cpu
@@ -8,9 +15,10 @@ from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from ..quant_types.blocks import FLOATS, random_blocks
 
 COLUMNS = 768
+ROWS = 43  # in tiles of 5 rows, the last has 3; in one for each of three threads, 13
 
 
-def random_rows(name: str, rows: int) -> torch.Tensor:
+def random_rows(name: str, rows: int = ROWS) -> torch.Tensor:
     """``(rows, row_bytes) uint8`` of finite weights."""
     quant_type = QUANT_TYPES[name]
     if name in FLOATS:
@@ -22,6 +30,21 @@ def random_rows(name: str, rows: int) -> torch.Tensor:
     return torch.from_numpy(blocks).view(rows, -1)
 
 
+def quantized_rows(name: str) -> torch.Tensor:
+    """``(ROWS, row_bytes) uint8`` of normally distributed weights."""
+    return torch.from_numpy(libgguf.quantize_rows(random_input(ROWS, seed=1).numpy(), QUANT_TYPES[name].id))
+
+
+def random_input(rows: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(seed))
+
+
+def new_threads_number() -> int:
+    """On how many cores torch works in a thread that is new."""
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(torch.get_num_threads).result()
+
+
 @pytest.fixture(params=["libgguf", "torch"])
 def engine(request, monkeypatch):
     if request.param == "torch":
@@ -31,14 +54,26 @@ def engine(request, monkeypatch):
     cpu.row_dequantizer.cache_clear()
 
 
+@pytest.fixture(params=[1, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    monkeypatch.setattr(cpu, "TILE_BYTES", 5 * COLUMNS * 4)
+
+
+@pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("name", QUANT_TYPES)
-def test_product_in_ragged_tiles(engine, name, monkeypatch):
+def test_product_in_ragged_tiles(engine, threads, name):
     quant_type = QUANT_TYPES[name]
-    monkeypatch.setattr(cpu, "TILE_BYTES", 5 * COLUMNS * 4)  # tiles of 5 rows: 13 rows end in one of 3
-    packed = random_rows(name, 13)
+    packed = random_rows(name)
     dense = quant_type.dequantize(packed)
-    x = torch.randn(7, COLUMNS, generator=torch.Generator().manual_seed(0))
-    bias = torch.randn(13)
+    x, bias = random_input(7), torch.randn(ROWS)
     scale = dense.abs().max() * COLUMNS
     assert ((cpu.linear(x, packed, quant_type, bias) - (x @ dense.t() + bias)).abs().max() / scale) < 1e-6
     half = cpu.linear(x.bfloat16(), packed, quant_type, None)
@@ -46,26 +81,115 @@ def test_product_in_ragged_tiles(engine, name, monkeypatch):
     assert ((half - x.bfloat16() @ dense.bfloat16().t()).abs().max() / scale) < 1e-2
 
 
-def test_both_engines_give_the_same_bits(monkeypatch):
-    for quant_type in QUANT_TYPES.values():
-        packed = random_rows(quant_type.name, 4)
-        results = []
-        for library in (cpu._libgguf, lambda: None):
-            with monkeypatch.context() as patch:
-                patch.setattr(cpu, "_libgguf", library)
-                cpu.row_dequantizer.cache_clear()
-                results.append(torch.empty(4, COLUMNS))
-                cpu.row_dequantizer(quant_type)(packed, results[-1])
-        assert torch.equal(results[0].view(torch.int32), results[1].view(torch.int32)), quant_type.name
-    cpu.row_dequantizer.cache_clear()
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(COLUMNS,), (1, COLUMNS), (2, 9, COLUMNS), (0, COLUMNS)])
+def test_dtypes_and_shapes(threads, dtype, shape):
+    quant_type = QUANT_TYPES["Q6_K"]
+    packed = quantized_rows("Q6_K")
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    out = cpu.linear(x, packed, quant_type, None)
+    expected = torch.nn.functional.linear(x, quant_type.dequantize(packed, dtype))
+    assert out.dtype == dtype
+    torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-4 if dtype.itemsize > 2 else 0.5)
 
 
-def test_the_tile_serves_inside_and_outside_of_inference_mode():
+@pytest.mark.parametrize("threads", [3], indirect=True)
+def test_it_takes_tiles_for_all_threads_when_a_weight_is_small(threads):
+    starts = []
+    cpu._in_tiles(lambda start, stop: starts.append((start, stop)), rows=ROWS, tile_rows=1000)
+    assert sorted(starts) == [(0, 15), (15, 30), (30, 43)]
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("name", QUANT_TYPES)
+def test_dequantizing_in_ragged_tiles(engine, threads, name):
+    packed = random_rows(name)
+    for dtype, bits in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
+        dense = cpu.dequantize(packed, QUANT_TYPES[name], dtype)
+        assert torch.equal(dense.view(bits), QUANT_TYPES[name].dequantize(packed, dtype).view(bits))
+    dense.mul_(2)  # a tensor like any other
+
+
+@pytest.mark.parametrize("name", QUANT_TYPES)
+def test_both_engines_give_the_bits_of_the_formula(engine, name):
+    packed, rows = random_rows(name), torch.empty(ROWS, COLUMNS)
+    cpu.row_dequantizer(QUANT_TYPES[name])(packed, rows)
+    assert torch.equal(rows.view(torch.int32), QUANT_TYPES[name].dequantize(packed).view(torch.int32))
+
+
+def test_it_serves_inside_and_outside_of_inference_mode(threads):
     quant_type = QUANT_TYPES["Q8_0"]
-    packed = random_rows("Q8_0", 4)
-    x = torch.randn(2, COLUMNS)
-    cpu._local.__dict__.clear()
+    packed = random_rows("Q8_0")
+    x = random_input(2)
     with torch.inference_mode():
         inside = cpu.linear(x, packed, quant_type, None)
     with torch.no_grad():
         assert torch.equal(cpu.linear(x, packed, quant_type, None), inside)
+    outside = cpu.linear(x, packed, quant_type, None)
+    assert torch.equal(outside, inside)
+    outside.mul_(2)  # a tensor like any other
+
+
+def test_a_gradient_reaches_the_input(threads):
+    quant_type = QUANT_TYPES["Q4_K"]
+    packed = quantized_rows("Q4_K")
+    x = random_input(2).requires_grad_()
+    cpu.linear(x, packed, quant_type, None).sum().backward()
+    torch.testing.assert_close(x.grad, quant_type.dequantize(packed).sum(dim=0).expand(2, -1), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("threads", [3], indirect=True)
+def test_callers_at_once_get_their_own_results(threads):
+    names = ["Q8_0", "Q6_K", "Q5_1", "IQ4_XS"]
+    work = {name: (random_input(11, seed), random_rows(name)) for seed, name in enumerate(names)}
+
+    def product(name: str) -> torch.Tensor:
+        x, packed = work[name]
+        return cpu.linear(x, packed, QUANT_TYPES[name], None)
+
+    alone = {name: product(name) for name in names}
+    all_here = threading.Barrier(len(names))
+
+    def call(name: str) -> bool:
+        all_here.wait()
+        return all(torch.equal(product(name), alone[name]) for _ in range(50))
+
+    with ThreadPoolExecutor(len(names)) as callers:
+        assert all(callers.map(call, names))
+
+
+@pytest.mark.parametrize("threads", [3], indirect=True)
+def test_it_leaves_the_numbers_of_threads_as_they_are(threads, monkeypatch):
+    monkeypatch.setattr(cpu, "_pools", {})
+    cpu.linear(random_input(2), random_rows("Q8_0"), QUANT_TYPES["Q8_0"], None)
+    assert torch.get_num_threads() == new_threads_number() == threads
+    assert {cpu._workers(threads).submit(torch.get_num_threads).result() for _ in range(20)} == {1}
+    torch.set_num_threads(2)
+    cpu.linear(random_input(2), random_rows("Q8_0"), QUANT_TYPES["Q8_0"], None)
+    assert torch.get_num_threads() == new_threads_number() == 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.parametrize("threads", [3], indirect=True)
+def test_a_forked_process_has_threads_of_its_own(threads):
+    x, packed = random_input(2), random_rows("Q8_0")
+    expected = cpu.linear(x, packed, QUANT_TYPES["Q8_0"], None)
+    child = os.fork()
+    if child == 0:
+        equal = False
+        try:
+            equal = torch.equal(cpu.linear(x, packed, QUANT_TYPES["Q8_0"], None), expected)
+        finally:
+            os._exit(0 if equal else 1)
+    for _ in range(300):
+        finished, status = os.waitpid(child, os.WNOHANG)
+        if finished:
+            break
+        time.sleep(0.1)
+    else:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert finished
+    assert os.waitstatus_to_exitcode(status) == 0

@@ -1,0 +1,74 @@
+"""The most memory that a process takes which loads a file and makes a step, over what ComfyUI alone takes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import comfy.cli_args
+import torch
+
+from ..devtools.server import ROOT
+from ..loader.model import load_model
+from ..tests.host.aura_files import make_gguf
+from ..tests.host.forward import CPU, forward
+from .load import full_size_file
+from .step import SETTING
+
+SETTING_TEXT = "the most that a process holds in a float32 step, over the file and what ComfyUI holds without it"
+
+SCRIPT = """
+import sys
+sys.path[:0] = {folders!r}
+import dev
+dev.register_pack()
+from comfy.cli_args import args
+args.cpu = True
+from auraflow_gguf.benchmarks.memory import in_this_process
+print(in_this_process({path!r}))
+"""
+
+
+def measure(types: tuple[str, ...]) -> list[dict]:
+    """One row a type, of a file of 1 + 1 layers, and first a full-size one of Q4_0. Linux alone tells the peak.
+
+    Returns:
+        ``type``, ``layers``, ``file_bytes``, and ``over_file_bytes``: what is resident at most, less what was
+        resident before the file was opened, less the file. The pages of the file that are mapped count as resident.
+    """
+    if sys.platform != "linux":
+        return []
+    files = [("Q4_0", [4, 32], full_size_file("Q4_0"))]
+    files += [(type_name, [1, 1], make_gguf(type_name)) for type_name in types]
+    rows = []
+    for type_name, layers, path in files:
+        file_bytes = os.path.getsize(path)
+        over = _grown(path) - file_bytes
+        rows.append({"type": type_name, "layers": layers, "file_bytes": file_bytes, "over_file_bytes": over})
+        print(f"{type_name:8} {file_bytes / 1e6:6.0f} MB file, {over / 1e6:+6.0f} MB at the peak", flush=True)
+    return rows
+
+
+def _grown(path: Path) -> int:
+    """What ``in_this_process`` says, in a new process."""
+    script = SCRIPT.format(folders=[str(ROOT), str(Path(comfy.__path__[0]).parent)], path=str(path))
+    return int(subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE).stdout.split()[-1])
+
+
+def in_this_process(path: str) -> int:
+    """Bytes by which this process, with the host imported, grows at most while it loads a file and makes a step."""
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
+    before = _status("VmRSS")
+    with torch.inference_mode():
+        model = load_model(Path(path), torch.float32)
+        model.patch_model(CPU)
+        forward(model, **SETTING)
+    return _status("VmHWM") - before
+
+
+def _status(field: str) -> int:
+    """A size in bytes from the system's report on this process."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))

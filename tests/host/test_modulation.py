@@ -1,0 +1,204 @@
+"""The modulation cache gives what the blocks would compute, and keeps a third of the weights off the device."""
+
+import comfy.model_management
+import comfy.samplers
+import comfy.sd
+import pytest
+import torch
+import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
+from auraflow_gguf.loader import modulation
+from auraflow_gguf.loader.model import load_model
+from auraflow_gguf.loader.modulation import MAX_ROWS, WRAPPER_KEY, mapped_linears, table_of, without_cache
+from comfy.ldm.modules.attention import attention_pytorch
+from comfy.patcher_extension import WrappersMP
+from comfy_api.torch_helpers import set_torch_compile_wrapper
+from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
+from comfy_extras.nodes_model_merging import ModelMergeSimple
+
+from .aura_files import make_gguf
+from .forward import CPU, loaded, sampler_options
+from .sampling import QUICK, relative_error, sample
+from .test_patcher import MODULATION, diff, dora, lora, patched, state_of
+from .test_stock_nodes import lora_hooks
+
+
+@pytest.fixture(scope="module")
+def model():
+    return load_model(make_gguf("Q4_0"))
+
+
+@pytest.fixture
+def table(model):
+    table = table_of(model.model)
+    table.clear()
+    table.passes = 0
+    return table
+
+
+def assert_cache_changes_nothing(model, **settings) -> torch.Tensor:
+    """Samples with the cache and without, and gives what came out of the first."""
+    passes = table_of(model.model).passes
+    cached = sample(model, **QUICK | settings)
+    used = table_of(model.model).passes
+    assert relative_error(cached, sample(without_cache(model), **QUICK | settings)) < 1e-5
+    assert table_of(model.model).passes == used >= passes
+    return cached
+
+
+@pytest.mark.parametrize("sampler", comfy.samplers.SAMPLER_NAMES)
+def test_every_sampler(model, sampler):
+    assert_cache_changes_nothing(model, sampler=sampler)
+
+
+@pytest.mark.parametrize("scheduler", comfy.samplers.SCHEDULER_NAMES)
+def test_every_scheduler_takes_one_pass_over_the_weights(model, table, scheduler):
+    assert_cache_changes_nothing(model, scheduler=scheduler)
+    assert table.passes == 1
+
+
+def test_a_schedule_that_was_seen_takes_none(model, table):
+    first = sample(model, **QUICK)
+    assert table.passes == 1
+    assert len(table) == QUICK["steps"]
+    assert torch.equal(sample(model, **QUICK), first)
+    assert (
+        torch.equal(sample(patched(model, lora, names=["single_layers.0.mlp.c_proj"]).clone(), **QUICK), first) is False
+    )
+    assert table.passes == 1
+    assert_cache_changes_nothing(ModelSamplingAuraFlow().patch_aura(model, 6.0)[0])
+    assert table.passes == 2
+
+
+def test_the_table_is_bounded_and_goes_with_the_model(model, table):
+    sample(model, **QUICK, cfg=1.0)
+    row = table.nbytes // len(table)
+    assert row == 4 * (3072 + 3 * 18432 + 6144)  # float32: the vector, modC, modX, modCX and modF
+    for timestep in range(MAX_ROWS):
+        inner = model.model.diffusion_model
+        with table.at([timestep / MAX_ROWS], inner, None, list, torch.float32, CPU):
+            pass
+    assert len(table) == MAX_ROWS
+    comfy.model_management.unload_all_models()
+    assert len(table) == 0
+    assert table.vector is table.row is None
+
+
+def test_a_schedule_longer_than_the_table(model, table, monkeypatch):
+    monkeypatch.setattr(modulation, "MAX_ROWS", 3)
+    assert_cache_changes_nothing(model, steps=5)
+    assert table.passes == 2
+    assert len(table) == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"denoise": 0.5, "steps": 4},
+        {"noise_mask": torch.ones(1, 1, 8, 8).tril()},
+        {"regions": [{"area": (4, 4, 0, 0)}, {"area": (4, 8, 4, 0), "strength": 0.5}, {}]},
+        {"regions": [{"start_percent": 0.0, "end_percent": 0.5}, {}]},
+        {"cfg": 1.0},
+    ],
+    ids=["image to image", "inpainting", "regional prompts", "timed prompts", "no guidance"],
+)
+def test_ways_to_sample(model, settings):
+    assert_cache_changes_nothing(model, **settings)
+
+
+def test_a_batch_of_different_timesteps(model, table):
+    generator = torch.Generator().manual_seed(0)
+    latent, context = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 6, 2048, generator=generator)
+    sigmas = torch.tensor([0.9, 0.4, 0.9])
+    with loaded(model, "full"):
+        cached, expected = (
+            model.model.apply_model(latent, sigmas, c_crossattn=context, transformer_options=options)
+            for options in (sampler_options(model), {})
+        )
+    assert len(table) == 2
+    assert relative_error(cached, expected) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [lora, dora, diff], ids=lambda kind: kind.__name__)
+def test_patched_modulation_has_rows_of_its_own(model, table, kind):
+    base = assert_cache_changes_nothing(model)
+    changed = assert_cache_changes_nothing(patched(model, kind, names=(MODULATION,)))
+    assert relative_error(changed, base) > 1e-3
+    assert table.passes == 2
+    assert torch.equal(sample(model, **QUICK), base)
+    assert table.passes == 2
+
+
+def test_hooks_on_modulation_that_change_in_mid_run(model):
+    base = assert_cache_changes_nothing(model, steps=4)
+    hooked = assert_cache_changes_nothing(model, steps=4, hooks=lora_hooks(lora, (0.2, 1.5), (MODULATION,)))
+    assert relative_error(hooked, base) > 1e-3
+    assert torch.equal(sample(model, **QUICK | {"steps": 4}), base)
+
+
+def test_merged_modulation(model):
+    merged = ModelMergeSimple().merge(patched(model, lora, names=(MODULATION,)), model, 0.3)[0]
+    assert relative_error(assert_cache_changes_nothing(merged), sample(model, **QUICK)) > 1e-3
+
+
+def test_bypass_lora(model):
+    bypassed, _ = comfy.sd.load_bypass_lora_for_models(model, None, state_of(lora, (MODULATION,)), 1.0, 0.0)
+    assert relative_error(assert_cache_changes_nothing(bypassed), sample(model, **QUICK)) > 1e-3
+
+
+def test_a_block_patch_that_changes_the_vector(model):
+    def half(args, extra):
+        return extra["original_block"](args | {"vec": args["vec"] / 2})
+
+    changed = model.clone()
+    changed.set_model_patch_replace(half, "dit", "single_block", 0)
+    assert relative_error(assert_cache_changes_nothing(changed), sample(model, **QUICK)) > 1e-3
+
+
+def test_compiled_in_one_graph(model):
+    compiled = model.clone()
+    # the attention that ComfyUI takes on a CPU breaks graphs by itself
+    options = compiled.model_options["transformer_options"]
+    options["optimized_attention_override"] = lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)
+    set_torch_compile_wrapper(compiled, backend="eager", fullgraph=True)
+    assert relative_error(sample(compiled, **QUICK), sample(model, **QUICK)) < 1e-5
+
+
+def test_another_compute_type_and_another_loader(model):
+    base = sample(model, **QUICK)
+    half = load_model(make_gguf("Q4_0"), torch.bfloat16)
+    cached = sample(half, **QUICK)
+    assert relative_error(cached, sample(without_cache(half), **QUICK)) < 2e-3
+    assert relative_error(cached, base) > 1e-3
+    assert torch.equal(sample(model, **QUICK), base)
+
+
+def test_modulation_is_not_counted_nor_moved(model):
+    whole = load_model(make_gguf("Q4_0"), modulation_cache=False)
+    assert table_of(whole.model) is None
+    linears = mapped_linears(model.model)
+    assert sorted(linears) == [
+        f"diffusion_model.{name}.1"
+        for name in ("double_layers.0.modC", "double_layers.0.modX", "modF", "single_layers.0.modCX")
+    ]
+    mapped = sum(linear.weight.nbytes for linear in linears.values())
+    assert model.model_size() == whole.model_size() - mapped
+    for mode in ("full", "lowvram"):
+        with loaded(model, mode):
+            assert model.loaded_size() <= model.model_size()
+    assert sample(whole, **QUICK).equal(sample(without_cache(model), **QUICK))
+    whole.model.to("meta")
+    fresh = load_model(make_gguf("Q4_0"))
+    fresh.model.to("meta")
+    for linear in mapped_linears(fresh.model).values():
+        assert linear.weight.device == CPU
+    assert fresh.model.diffusion_model.single_layers[0].attn.w1q.weight.device.type == "meta"
+
+
+def test_clones_share_the_table_and_their_wrapper_can_be_taken_off(model, table):
+    clone = model.clone()
+    assert table_of(clone.model) is table
+    assert WRAPPER_KEY in clone.wrappers[WrappersMP.APPLY_MODEL]
+    assert not without_cache(clone).get_wrappers(WrappersMP.APPLY_MODEL, WRAPPER_KEY)
+    sample(clone, **QUICK)
+    sample(model, **QUICK)
+    assert table.passes == 1
