@@ -35,17 +35,17 @@ class Replacement:
     only: dict[str, tuple[str, ...]]
 
 
-_COMPUTE = {"compute_dtype": "auto"}
+_DEFAULTS = {"compute_dtype": "auto", "modulation_cache": True}
 
 REPLACEMENTS = {
     "UnetLoaderGGUF": Replacement(
-        "AuraFlowGGUFLoader", ("unet_name",), {"unet_name": "model_name"}, added=_COMPUTE, only={}
+        "AuraFlowGGUFLoader", ("unet_name",), {"unet_name": "model_name"}, added=_DEFAULTS, only={}
     ),
     "UnetLoaderGGUFAdvanced": Replacement(
         "AuraFlowGGUFLoader",
         ("unet_name", "dequant_dtype", "patch_dtype", "patch_on_device"),
         {"unet_name": "model_name"},
-        added=_COMPUTE,
+        added=_DEFAULTS,
         only={},
     ),
     "CLIPLoaderGGUF": Replacement(

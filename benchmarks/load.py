@@ -9,10 +9,9 @@ import torch
 
 from ..devtools.cache import cache_folder, locked
 from ..devtools.random_models import make_packed_auraflow
-from ..loader.architecture import match
 from ..loader.auraflow import AURAFLOW
-from ..loader.gguf_file import open_gguf
 from ..loader.model import load_model
+from ..loader.weights import open_checked
 from ..quantizer.recipe import recipe_for
 from .measure import anonymous_bytes, seconds
 
@@ -36,11 +35,6 @@ def measure(type_name: str = "Q4_0") -> dict:
         while file.read(1 << 24):
             pass
 
-    def check() -> None:
-        file = open_gguf(path)
-        shapes = {name: info.shape for name, info in file.tensors.items()}
-        match(AURAFLOW, shapes, metadata=file.metadata, path=file.path)
-
     load_model(path)
     before = anonymous_bytes()
     models = []
@@ -49,7 +43,7 @@ def measure(type_name: str = "Q4_0") -> dict:
     return {
         "type": type_name,
         "file_bytes": os.path.getsize(path),
-        "check_seconds": min(seconds(check) for _ in range(5)),
+        "check_seconds": min(seconds(lambda: open_checked(path, AURAFLOW)) for _ in range(5)),
         "load_seconds": load_seconds,
         "anonymous_bytes": after - before if before is not None else None,
         "model_size": models[0].model_size(),

@@ -33,7 +33,7 @@ def text_encoder() -> dict[str, Any]:
 
 
 def _loader() -> dict[str, Any]:
-    return node("AuraFlowGGUFLoader", model_name=MODEL, compute_dtype="auto")
+    return node("AuraFlowGGUFLoader", model_name=MODEL, compute_dtype="auto", modulation_cache=True)
 
 
 def _lora() -> dict[str, Any]:

@@ -7,10 +7,8 @@ import os
 import torch
 from diffusers import AuraFlowTransformer2DModel
 
-from .architecture import match
 from .auraflow import AURAFLOW
-from .gguf_file import open_gguf
-from .weights import state_dict, swap_row_halves
+from .weights import open_checked, state_dict, swap_row_halves
 
 
 def load_diffusers_transformer(
@@ -26,9 +24,7 @@ def load_diffusers_transformer(
     Raises:
         ModelFileError: the file is broken, or no AuraFlow transformer.
     """
-    file = open_gguf(path)
-    shapes = {name: info.shape for name, info in file.tensors.items()}
-    matched = match(AURAFLOW, shapes, metadata=file.metadata, path=file.path, fixed={})
+    file, matched = open_checked(path, AURAFLOW, fixed={})
     sizes = matched.dimensions
     hidden = sizes["embedding_length"]
     with torch.device("meta"):

@@ -173,6 +173,11 @@ class GGUFFile:
         self._files = [(part.path, part.size) for part in parts]
         self._storages: dict[int, torch.UntypedStorage] = {}
 
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of each tensor by its name, outermost first."""
+        return {name: info.shape for name, info in self.tensors.items()}
+
     def packed(self, name: str) -> torch.Tensor:
         """The bytes of a tensor, ``(nbytes,) uint8``: a view on the private, copy-on-write memory map of the file.
 

@@ -10,12 +10,12 @@ import comfy.sd
 import torch
 
 from . import modulation
-from .architecture import Match, listed, match
+from .architecture import Match, listed
 from .auraflow import AURAFLOW
-from .gguf_file import GGUFFile, open_gguf
+from .gguf_file import GGUFFile
 from .ops import GGUFOps
 from .patcher import GGUFModelPatcher, GGUFModelPatcherDynamic, for_packed_weights
-from .weights import state_dict
+from .weights import open_checked, state_dict
 
 logger = logging.getLogger(__name__)
 
@@ -43,13 +43,7 @@ def load_model(
     Raises:
         ModelFileError: the file is broken, or no AuraFlow transformer.
     """
-    file = open_gguf(path)
-    matched = match(
-        AURAFLOW,
-        {name: info.shape for name, info in file.tensors.items()},
-        metadata=file.metadata,
-        path=file.path,
-    )
+    file, matched = open_checked(path, AURAFLOW)
     log_skipped(matched, file.path)
     dtype = compute_dtype or _compute_dtype(matched)
     patcher = comfy.sd.load_diffusion_model_state_dict(

@@ -11,14 +11,12 @@ import comfy.sd
 import torch
 from comfy.text_encoders.aura_t5 import AuraT5Model, AuraT5Tokenizer
 
-from .architecture import match
 from .errors import ModelFileError
-from .gguf_file import open_gguf
 from .model import log_skipped, sizes_by_type
 from .ops import GGUFOps
 from .patcher import GGUFModelPatcher, GGUFModelPatcherDynamic, for_packed_weights
 from .pile_t5 import PILE_T5_XL, STACK
-from .weights import state_dict
+from .weights import open_checked, state_dict
 
 logger = logging.getLogger(__name__)
 
@@ -62,14 +60,7 @@ def load_text_encoder(
     Raises:
         ModelFileError: the file is broken, no Pile-T5-XL, or of another vocabulary than the tokenizer.
     """
-    file = open_gguf(path)
-    matched = match(
-        PILE_T5_XL,
-        {name: info.shape for name, info in file.tensors.items()},
-        metadata=file.metadata,
-        path=file.path,
-        fixed=fixed,
-    )
+    file, matched = open_checked(path, PILE_T5_XL, fixed)
     log_skipped(matched, file.path)
     weights = state_dict(file, matched, COMPUTE_DTYPE)
     clip = GGUFCLIP(

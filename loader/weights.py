@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
+
 import torch
 
-from .architecture import NATIVE, Match, Source
-from .gguf_file import GGUFFile
+from .architecture import NATIVE, Architecture, Match, Source, match
+from .gguf_file import GGUFFile, open_gguf
 from .layout import is_packed, pack
+from .quant_types import STORED_DTYPES
 
 # Types that torch can hold as they are; a linear of one of them is packed all the same when the model
 # computes in another, so that no dense copy is made when it is used.
-DENSE_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+DENSE_DTYPES = {**STORED_DTYPES, "F64": torch.float64}
+
+
+def open_checked(
+    path: str | os.PathLike, architecture: Architecture, fixed: Mapping[str, int] | None = None
+) -> tuple[GGUFFile, Match]:
+    """Open a GGUF file, and read its tensors as a model's: `open_gguf` and `match`, with their errors."""
+    file = open_gguf(path)
+    return file, match(architecture, file.shapes, metadata=file.metadata, path=file.path, fixed=fixed)
 
 
 def state_dict(file: GGUFFile, matched: Match, dtype: torch.dtype) -> dict[str, torch.Tensor]:

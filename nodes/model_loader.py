@@ -39,6 +39,7 @@ class AuraFlowGGUFLoader(io.ComfyNode):
                     "compute_dtype",
                     options=list(_COMPUTE_DTYPES),
                     default="auto",
+                    optional=True,
                     advanced=True,
                     tooltip=(
                         "What the model computes in. auto is what ComfyUI would choose for the same model in "
@@ -48,6 +49,7 @@ class AuraFlowGGUFLoader(io.ComfyNode):
                 io.Boolean.Input(
                     "modulation_cache",
                     default=True,
+                    optional=True,
                     advanced=True,
                     tooltip=(
                         "Keeps modulation, a third of the weights, off the GPU: what it gives is computed once for "

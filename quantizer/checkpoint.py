@@ -304,7 +304,7 @@ class GGUFCheckpoint(Checkpoint):
         self.files = (path,)
         self._file = open_gguf(path)
         self.metadata = self._file.metadata
-        self.shapes = {name: info.shape for name, info in self._file.tensors.items()}
+        self.shapes = self._file.shapes
 
     def dtype(self, name: str) -> torch.dtype:
         return GGUF_DTYPES.get(self._file.tensors[name].type.name, torch.float32)

@@ -20,10 +20,9 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("The model's output needs diffusers: pip install diffusers", name="diffusers") from error
 
-from ..loader.architecture import match
 from ..loader.auraflow import AURAFLOW
 from ..loader.diffusers import load_diffusers_transformer
-from ..loader.gguf_file import open_gguf
+from ..loader.weights import open_checked
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
 
@@ -77,9 +76,7 @@ def transformer(path: str | os.PathLike, inputs: Inputs) -> Iterator[AuraFlowTra
             copy = Path(folder, "model.gguf")
             convert(path, copy, _float_type(open_checkpoint(path)), fixed={})
             path = copy
-        file = open_gguf(path)
-        shapes = {name: info.shape for name, info in file.tensors.items()}
-        dimensions = match(AURAFLOW, shapes, metadata=file.metadata, path=file.path, fixed={}).dimensions
+        dimensions = open_checked(path, AURAFLOW, fixed={})[1].dimensions
         model = load_diffusers_transformer(path, inputs.dtype, heads=dimensions["embedding_length"] // HEAD_WIDTH)
         for module in model.modules():
             for name, weight in module.named_parameters(recurse=False):

@@ -186,5 +186,4 @@ def verify(
 
 def _open(path: str | os.PathLike, fixed: Mapping[str, int] | None) -> tuple[GGUFFile, Match]:
     file = open_gguf(path)
-    shapes = {name: info.shape for name, info in file.tensors.items()}
-    return file, match(part_of(shapes), shapes, metadata=file.metadata, path=file.path, fixed=fixed)
+    return file, match(part_of(file.shapes), file.shapes, metadata=file.metadata, path=file.path, fixed=fixed)

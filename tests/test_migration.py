@@ -37,7 +37,7 @@ def test_a_prompt():
     ]
     assert prompt["1"] == {
         "class_type": "AuraFlowGGUFLoader",
-        "inputs": {"model_name": "pony/v7-Q4_K_M.gguf", "compute_dtype": "auto"},
+        "inputs": {"model_name": "pony/v7-Q4_K_M.gguf", "compute_dtype": "auto", "modulation_cache": True},
     }
     assert prompt["2"]["inputs"] == {"text_encoder_name": "t5-Q8_0.gguf"}
     assert {key: prompt[key] for key in "34"} == {key: PROMPT[key] for key in "34"}
@@ -61,9 +61,9 @@ def test_a_graph_with_a_subgraph():
         "UnetLoaderGGUF 3 becomes AuraFlowGGUFLoader",
         "UnetLoaderGGUFAdvanced 7 becomes AuraFlowGGUFLoader",
     ]
-    assert outside["widgets_values"] == ["other.gguf", "auto"]
+    assert outside["widgets_values"] == ["other.gguf", "auto", True]
     assert inside["type"] == "AuraFlowGGUFLoader"
-    assert inside["widgets_values"] == ["v7.gguf", "auto"]
+    assert inside["widgets_values"] == ["v7.gguf", "auto", True]
     assert inside["inputs"] == [{"name": "model_name", "type": "COMBO", "widget": {"name": "model_name"}, "link": None}]
     assert inside["outputs"] == [{"name": "MODEL", "type": "MODEL", "links": [1]}]
     assert inside["properties"] == {"Node name for S&R": "AuraFlowGGUFLoader"}

@@ -40,7 +40,7 @@ def loaded(patcher, how: str):
         patcher.unpatch_model(CPU)
         patcher.patch_model(CPU)
     elif how == "rest later":
-        patcher.patch_model(CPU, lowvram_model_memory=size // 2)
+        patcher.patch_model(CPU, lowvram_model_memory=size * 9 // 10)
         patcher.load(CPU, full_load=True)
     else:
         patcher.patch_model(CPU, lowvram_model_memory={"full": 0, "half": size // 2, "lowvram": 1}[how])

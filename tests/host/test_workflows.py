@@ -132,7 +132,7 @@ def _troubles(server: Server) -> dict[str, Workflow]:
     (folder / "trouble-taken.gguf").touch()
 
     def load(name: str) -> Workflow:
-        return small(load_workflow("text_to_image")) | {"loader": _node("AuraFlowGGUFLoader", model_name=name)}
+        return small(load_workflow("text_to_image")) | {"loader": templates.node("AuraFlowGGUFLoader", model_name=name)}
 
     lora = small(load_workflow("text_to_image_lora"))
     lora["lora"]["inputs"]["lora_name"] = "trouble.safetensors"
@@ -143,17 +143,13 @@ def _troubles(server: Server) -> dict[str, Workflow]:
         "in its metadata, but` … `by its tensors": load("trouble-label.gguf"),
         "None of its modules is in this model": lora,
         "cannot be made without an importance matrix": {
-            "1": _node("AuraFlowGGUFConvert", **{**convert, "type": "IQ2_XXS"})
+            "1": templates.node("AuraFlowGGUFConvert", **{**convert, "type": "IQ2_XXS"})
         },
         "found a file of that name, expected none": {
-            "1": _node("AuraFlowGGUFConvert", **{**convert, "output_name": "trouble-taken"})
+            "1": templates.node("AuraFlowGGUFConvert", **{**convert, "output_name": "trouble-taken"})
         },
         "Value not in list": load("absent.gguf"),
     }
-
-
-def _node(class_type: str, **inputs) -> dict:
-    return templates.node(class_type, **({"compute_dtype": "auto"} if "Loader" in class_type else {}), **inputs)
 
 
 def test_every_message_in_the_readme_is_said(server):

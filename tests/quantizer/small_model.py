@@ -75,8 +75,7 @@ def save_sharded(folder: Path, weights: dict[str, torch.Tensor], stem: str = "di
 
 def loads(file) -> None:
     """Fails unless an opened GGUF file is the small model in native spelling, with annotations that agree."""
-    shapes = {name: info.shape for name, info in file.tensors.items()}
-    found = match(AURAFLOW, shapes, metadata=file.metadata, path=file.path, fixed=FIXED)
+    found = match(AURAFLOW, file.shapes, metadata=file.metadata, path=file.path, fixed=FIXED)
     assert found.spelling == "native"
     assert found.prefix == ""
     assert file.metadata["aura.tensor_names"] == "native"
