@@ -150,4 +150,7 @@ def _target(name: str, folder: str) -> Path:
     if name != os.path.basename(name) or name in (".", ".."):
         raise ValueError(f"{name} is not a file's name: give one without a folder.")
     name = name if name.lower().endswith(".gguf") else f"{name}.gguf"
-    return Path(folder_paths.get_folder_paths(folder)[0], name)
+    paths = folder_paths.get_folder_paths(folder)
+    # ComfyUI lists the older names, models/unet and models/clip, first: files go where the tooltip says.
+    named = (path for path in paths if os.path.basename(path) == folder)
+    return Path(next(named, paths[0]), name)
