@@ -18,6 +18,7 @@ import comfy.lora
 import comfy.model_management
 import comfy.utils
 import torch
+from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic, move_weight_functions, wipe_lowvram_weight
 
 from .layout import is_packed
@@ -209,7 +210,8 @@ class _PackedWeightPatching:
 
     def _low_rank(self, key: str, patches: list[tuple], device: torch.device) -> LowRank | None:
         weight = comfy.utils.get_attr(self.model, key)
-        return low_rank(key, patches, weight.shape, device, weight.dtype)
+        dtype = self.model.get_dtype_inference() if isinstance(self.model, BaseModel) else weight.dtype
+        return low_rank(key, patches, weight.shape, device, dtype)
 
     def _module_of(self, key: str) -> torch.nn.Module:
         return comfy.utils.get_attr(self.model, key.rpartition(".")[0])

@@ -15,6 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+try:
+    from threadpoolctl import threadpool_limits
+except ImportError:
+    threadpool_limits = None
+
 from ..quant_types import STORED_DTYPES, QuantType
 from . import cpu_q6_k
 
@@ -123,8 +128,9 @@ def _tile(elements: int) -> torch.Tensor:
 def _in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> None:
     """Calls ``work(start, stop)`` for tiles of at most ``tile_rows`` rows, on as many threads as torch has.
 
-    Each thread takes the next tile when it is done with one, and its torch operations stay on its own core. They run
-    in inference mode, whatever the caller's mode.
+    Each thread takes the next tile when it is done with one, and its torch operations stay on its own core: without
+    threadpoolctl, torch's own threads share each operation of the caller. They run in inference mode, whatever the
+    caller's mode.
     """
     threads = torch.get_num_threads()
     tile_rows = max(1, min(tile_rows, -(-rows // threads)))
@@ -135,7 +141,7 @@ def _in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> 
             for start in starts:
                 work(start, min(start + tile_rows, rows))
 
-    if threads == 1:
+    if threads == 1 or threadpool_limits is None:
         take_tiles()
         return
     workers = _workers(threads)
@@ -148,28 +154,15 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     key = os.getpid(), threads
     with _lock:
         if key not in _pools:
-            with ThreadPoolExecutor(1) as new_thread:
-                _pools[key] = new_thread.submit(_start_workers, threads).result()
+            _pools[key] = ThreadPoolExecutor(threads, "auraflow-gguf", initializer=_stay_on_one_core)
         return _pools[key]
 
 
-def _start_workers(threads: int) -> ThreadPoolExecutor:
-    """Starts threads in each of which torch works on one core. To be called in a new thread.
+def _stay_on_one_core() -> None:
+    """Has torch work on one core in this thread.
 
-    ``torch.set_num_threads`` holds for the thread that calls it and for threads that come after. What holds for the
-    latter is what a new thread has, and is put back.
+    ``torch.set_num_threads`` would do so too, but changes more than this thread: after it, MKL's LU factorization fails
+    in all threads (torch 2.13), and with it patches such as OFT.
     """
-    default = torch.get_num_threads()
-    workers = ThreadPoolExecutor(threads, "auraflow-gguf")
-    all_here = threading.Barrier(threads)
-
-    def work_alone(_: int) -> None:
-        torch.get_num_threads()  # A thread takes the number over when it first needs it: not after this.
-        all_here.wait()  # so that every thread comes here, and for the shortest time that there can be
-        torch.set_num_threads(1)
-
-    try:
-        list(workers.map(work_alone, range(threads)))
-    finally:
-        torch.set_num_threads(default)
-    return workers
+    torch.get_num_threads()  # A thread takes the number over when it first needs it: not after this.
+    threadpool_limits(1, user_api="openmp")

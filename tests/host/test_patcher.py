@@ -165,7 +165,7 @@ def test_strength_zero_is_the_base_and_a_strength_comes_back_bit_by_bit(packed):
     base = sample(packed, **QUICK)
     first = sample(patched(packed, lora, 0.7), **QUICK)
     assert relative_error(first, base) > 1e-3
-    assert relative_error(sample(patched(packed, lora, 0.0), **QUICK), base) < 1e-6
+    assert relative_error(sample(patched(packed, lora, 0.0), **QUICK), base) < 1e-5
     assert relative_error(sample(patched(packed, lora, -0.7), **QUICK), first) > 1e-3
     assert torch.equal(sample(patched(packed, lora, 0.7), **QUICK), first)
     assert torch.equal(sample(packed, **QUICK), base)

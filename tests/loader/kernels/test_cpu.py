@@ -2,9 +2,12 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import libgguf
 import pytest
@@ -14,6 +17,7 @@ from auraflow_gguf.loader.quant_types import QUANT_TYPES
 
 from ..quant_types.blocks import FLOATS, random_blocks
 
+ROOT = Path(__file__).resolve().parents[3]
 COLUMNS = 768
 ROWS = 43  # in tiles of 5 rows, the last has 3; in one for each of three threads, 13
 
@@ -169,6 +173,33 @@ def test_it_leaves_the_numbers_of_threads_as_they_are(threads, monkeypatch):
     torch.set_num_threads(2)
     cpu.linear(random_input(2), random_rows("Q8_0"), QUANT_TYPES["Q8_0"], None)
     assert torch.get_num_threads() == new_threads_number() == 2
+
+
+def test_without_threadpoolctl(threads, monkeypatch):
+    monkeypatch.setattr(cpu, "threadpool_limits", None)
+    monkeypatch.setattr(cpu, "_workers", None)
+    x, packed = random_input(2), random_rows("Q8_0")
+    expected = x @ QUANT_TYPES["Q8_0"].dequantize(packed).T
+    torch.testing.assert_close(cpu.linear(x, packed, QUANT_TYPES["Q8_0"], None), expected, rtol=1e-5, atol=1e-4)
+
+
+FACTORIZATION_AFTER_A_PRODUCT = """
+import dev
+dev.register_pack()
+import torch
+from auraflow_gguf.loader.kernels import cpu
+from auraflow_gguf.loader.quant_types import QUANT_TYPES
+torch.randn(8, 8) @ torch.randn(8, 8)
+packed = torch.zeros(1024, QUANT_TYPES["Q8_0"].row_bytes(1024), dtype=torch.uint8)
+cpu.linear(torch.randn(4, 1024), packed, QUANT_TYPES["Q8_0"], None)
+assert cpu._pools or torch.get_num_threads() == 1
+(torch.eye(384) - 0.01 * torch.randn(8, 384, 384)).inverse()
+"""
+
+
+def test_torchs_factorizations_still_work_afterwards():
+    """In a process of its own: what breaks them lasts."""
+    subprocess.run([sys.executable, "-c", FACTORIZATION_AFTER_A_PRODUCT], cwd=ROOT, check=True)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
