@@ -137,7 +137,15 @@ class Editor:
         self.page.wait_for_function(
             """() => {
                 const manager = window.app?.extensionManager;
-                return window.app?.graph && manager?.spinner === false && manager.workflow?.activeWorkflow;
+                if (!window.app?.graph || manager?.spinner !== false) return false;
+                if (manager.workflow?.activeWorkflow) return true;
+                // Older editors open no workflow by themselves when they restore none.
+                window.readySince ??= performance.now();
+                if (performance.now() - window.readySince > 3000 && !window.opensWorkflow) {
+                    window.opensWorkflow = true;
+                    manager.command.execute('Comfy.NewBlankWorkflow');
+                }
+                return false;
             }"""
         )
         self.clear()
