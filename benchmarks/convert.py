@@ -1,8 +1,8 @@
 """Converting bfloat16 to Q4_K_M beside a quantizer alone, on the same weights with as many threads.
 
-Two quantizers: ggml's own library as llama.cpp builds it, and libgguf, which the converter uses: the same code and the
-same bytes in another build. They get their float32 rows in memory, tensor after tensor, and what they give is thrown
-away: reading, widening to float32 and writing are in the converter's time, not in theirs.
+Two quantizers: ggml's own library as llama.cpp builds it, and libgguf, which the converter uses where our C does not
+serve. All of them give the same bytes. The two get their float32 rows in memory, tensor after tensor, and what they give
+is thrown away: reading, widening to float32 and writing are in the converter's time, not in theirs.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import libgguf
 import numpy as np
-import torch
 
 from ..devtools.cache import cache_folder
 from ..devtools.random_models import make_auraflow
@@ -26,7 +26,6 @@ from ..loader.architecture import match
 from ..loader.auraflow import AURAFLOW
 from ..loader.quant_types.base import QuantType
 from ..quantizer.checkpoint import open_checkpoint
-from ..quantizer.convert import quantize
 from ..quantizer.recipe import RECIPES
 from ..tests.quantizer import ggml
 from .measure import Ratio, seconds
@@ -76,7 +75,7 @@ def measure(pairs: int, *, full_size: bool = False) -> dict:
             "ggml": lambda rows, quant_type: _in_threads(pool, oracle.quantize, rows, quant_type)
         }
         if not full_size:  # this one threads by itself
-            alone["libgguf"] = lambda rows, quant_type: quantize(torch.from_numpy(rows), quant_type)
+            alone["libgguf"] = lambda rows, quant_type: libgguf.quantize_rows(rows, quant_type.id)
         times, peaks = [], []
         for _ in range(pairs):
             ours, peak = _convert(source, target)

@@ -20,7 +20,8 @@ from ..loader.architecture import NATIVE, Architecture, Match, Size, annotations
 from ..loader.auraflow import AURAFLOW
 from ..loader.pile_t5 import HEAD_SIZE, PILE_T5_XL, STACK
 from ..loader.quant_types.base import QuantType
-from ..quantizer.convert import CHUNK, convert, quantize
+from ..quantizer.convert import CHUNK, convert
+from ..quantizer.quantize import quantize
 from ..quantizer.recipe import Recipe, recipe_for
 from ..quantizer.writer import ALIGNMENT, TensorSpec, write_gguf
 from .cache import cache_folder, locked

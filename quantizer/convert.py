@@ -1,4 +1,4 @@
-"""A checkpoint to a GGUF file: each tensor is read, packed by libgguf a few rows at a time, and written."""
+"""A checkpoint to a GGUF file: each tensor is read, packed a few rows at a time, and written."""
 
 from __future__ import annotations
 
@@ -12,20 +12,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-try:
-    import libgguf
-except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-        "Making GGUF files needs ggml's quantizers: pip install libgguf", name="libgguf"
-    ) from error
-
 from ..loader.architecture import Match, Source, annotations, listed, match
 from ..loader.errors import ModelFileError
 from ..loader.parts import PARTS, part_of
 from ..loader.pile_t5 import PILE_T5_XL
-from ..loader.quant_types.base import QuantType
 from .checkpoint import Checkpoint, open_checkpoint, swap_halves
 from .imatrix import ImportanceMatrix, check_imatrix, read_imatrix
+from .quantize import quantize
 from .recipe import NEEDS_IMATRIX, Recipe, recipe_for
 from .tokenizer import carried_tokenizer, find_tokenizer, read_tokenizer
 from .writer import TensorSpec, write_gguf
@@ -205,20 +198,6 @@ def _quantize(rows: torch.Tensor, tensor: TensorSpec, path: str, moments: np.nda
             advice="The checkpoint is damaged if it has NaN or infinity; larger numbers fit BF16.",
         )
     return quantize(rows, tensor.type, moments)
-
-
-def quantize(rows: torch.Tensor, quant_type: QuantType, moments: np.ndarray | None = None) -> np.ndarray:
-    """``(rows, columns) float32`` → ``(rows, row_bytes) uint8``, as ggml packs them.
-
-    Args:
-        rows: finite numbers that ``quant_type`` can hold.
-        quant_type: the type.
-        moments: ``(columns,) float32``, the mean square of what each column is multiplied with.
-    """
-    n_rows, columns = rows.shape
-    packed = np.empty((n_rows, quant_type.row_bytes(columns)), dtype=np.uint8)
-    libgguf.quantize_rows_into_raw(quant_type.id, rows.contiguous().numpy(), packed, n_rows, columns, moments)
-    return packed
 
 
 def _warn_of_generation_loss(checkpoint: Checkpoint, sources: Mapping[TensorSpec, Source]) -> None:

@@ -15,8 +15,8 @@ from ..loader.auraflow import AURAFLOW
 from ..loader.layout import is_packed, pack
 from ..loader.quant_types import QUANT_TYPES
 from ..loader.quant_types.base import QuantType
-from .convert import quantize
 from .evaluation import Inputs, relative_error, transformer
+from .quantize import quantize
 
 # By native name; the first pattern that fits decides.
 GROUPS = {

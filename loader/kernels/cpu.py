@@ -2,7 +2,8 @@
 
 A dense copy of a whole weight costs more in page faults than its dequantization; a tile that stays in a core's cache
 costs neither. Threads that share no product do not wait for each other at its end either, as torch's do. libgguf
-dequantizes where it is installed and fast, torch where it is not: the same numbers.
+dequantizes where it is installed, our own C where that is faster and there is a compiler for it, torch where there is
+neither: the same numbers.
 """
 
 from __future__ import annotations
@@ -20,11 +21,14 @@ try:
 except ImportError:
     threadpool_limits = None
 
+from .. import native
 from ..quant_types import STORED_DTYPES, QuantType
-from . import cpu_q6_k
 
 # Bytes of a thread's float32 tile: small enough for its core's cache, and large enough for an efficient product.
 TILE_BYTES = 4 * 1024 * 1024
+
+# What is faster in our own C than in libgguf.
+IN_C = ("Q5_0", "Q5_1", "Q6_K", "IQ4_NL", "IQ4_XS")
 
 _local = threading.local()
 _lock = threading.Lock()
@@ -58,7 +62,7 @@ def linear(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bia
         dequantize_into(packed[start:stop], weights)
         torch.mm(x, weights.to(x.dtype).t(), out=out[:, start:stop])
 
-    _in_tiles(multiply, rows, TILE_BYTES // (4 * columns))
+    in_tiles(multiply, rows, TILE_BYTES // (4 * columns))
     if bias is not None:
         out += bias
     return out.view(*input.shape[:-1], rows)
@@ -86,17 +90,17 @@ def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) 
         dequantize_into(packed[start:stop], tile)
         out[start:stop] = tile
 
-    _in_tiles(unpack, rows, TILE_BYTES // (4 * columns))
+    in_tiles(unpack, rows, TILE_BYTES // (4 * columns))
     return out
 
 
 @functools.cache
 def row_dequantizer(quant_type: QuantType) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """The fastest ``(packed rows uint8, float32 rows) -> None`` for a type: libgguf's, or one in torch."""
+    """The fastest ``(packed rows uint8, float32 rows) -> None`` for a type: in C, libgguf's, or one in torch."""
     if stored := STORED_DTYPES.get(quant_type.name):
         return lambda packed, out: out.copy_(packed.view(stored))
-    if quant_type.name == "Q6_K":
-        return cpu_q6_k.dequantize_into
+    if quant_type.name in IN_C and (in_c := native.function("dequantize.c", f"dequantize_{quant_type.name.lower()}")):
+        return lambda packed, out: in_c(packed.data_ptr(), out.data_ptr(), out.numel() // quant_type.block_size)
     libgguf = _libgguf()
     if libgguf is None or not libgguf.row_size(quant_type.id, quant_type.block_size):
         return lambda packed, out: out.copy_(quant_type.dequantize(packed))
@@ -125,7 +129,7 @@ def _tile(elements: int) -> torch.Tensor:
     return tile[:elements]
 
 
-def _in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> None:
+def in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> None:
     """Calls ``work(start, stop)`` for tiles of at most ``tile_rows`` rows, on as many threads as torch has.
 
     Each thread takes the next tile when it is done with one, and its torch operations stay on its own core: without
@@ -133,7 +137,8 @@ def _in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> 
     caller's mode.
     """
     threads = torch.get_num_threads()
-    tile_rows = max(1, min(tile_rows, -(-rows // threads)))
+    rounds = -(-rows // (max(1, tile_rows) * threads))
+    tile_rows = -(-rows // (rounds * threads))  # as many for each thread: none waits for the last tile
     starts = iter(range(0, rows, tile_rows))
 
     def take_tiles() -> None:

@@ -19,8 +19,8 @@ from auraflow_gguf.nodes import AuraFlowGGUFExtension
 from auraflow_gguf.nodes.convert import AuraFlowGGUFConvert
 from auraflow_gguf.nodes.importance import AuraFlowGGUFImportance
 from auraflow_gguf.nodes.save import AuraFlowGGUFSave, ModelCheckpoint
-from auraflow_gguf.quantizer.convert import quantize
 from auraflow_gguf.quantizer.imatrix import read_imatrix
+from auraflow_gguf.quantizer.quantize import quantize
 from comfy.text_encoders.aura_t5 import AuraT5Tokenizer
 from safetensors.torch import load_file
 

@@ -1,12 +1,16 @@
 """The packed bytes of every type that can be written are ggml's own, with an importance matrix and without."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
+from auraflow_gguf.loader import native
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.quantizer import convert as module
-from auraflow_gguf.quantizer.convert import convert, quantize
+from auraflow_gguf.quantizer.convert import convert
 from auraflow_gguf.quantizer.imatrix import ImportanceMatrix, write_imatrix
+from auraflow_gguf.quantizer.quantize import IN_C, quantize
 from auraflow_gguf.quantizer.recipe import NEEDS_IMATRIX, RECIPES
 from safetensors.torch import save_file
 
@@ -65,6 +69,35 @@ def test_packed_bytes_are_ggmls(oracle, type_name, importance):
         importance = importance if importance is None else importance + np.float32(0.01)
     ours = quantize(torch.from_numpy(rows), quant_type, importance)
     np.testing.assert_array_equal(ours, oracle.quantize(rows, quant_type, importance))
+
+
+def hard_rows() -> np.ndarray:
+    """``(n, 768) float32``: what the search for scales meets at its edges, in rows of an odd number of blocks."""
+    random = np.random.default_rng(2)
+    normal = random.standard_normal((16, 768), np.float32)
+    sub_blocks = normal.reshape(-1, 32)
+    flat, faint, nearly_flat = sub_blocks.copy(), sub_blocks.copy(), sub_blocks.copy()
+    flat[::3] = flat[::3, :1]
+    faint[::5] *= 1e-6
+    nearly_flat[::2] = 1 + nearly_flat[::2] * np.float32(1e-7)
+    bits = random.integers(0, 2**32, normal.shape, dtype=np.uint32).view(np.float32)
+    any_bits = np.where(np.abs(bits) < 60000, bits, 0)  # NaN too becomes 0
+    denormal = normal * np.float32(1e-40)
+    bfloat16 = (normal.view(np.uint32) & 0xFFFF0000).view(np.float32)
+    rows = [flat, faint, nearly_flat, any_bits, denormal, bfloat16, np.abs(normal), -np.abs(normal), normal * 1e4]
+    return np.concatenate([part.reshape(-1, 768) for part in rows]).astype(np.float32)
+
+
+@pytest.mark.parametrize("type_name", IN_C)
+def test_packed_bytes_of_hard_rows(oracle, type_name, monkeypatch):
+    quant_type, rows = QUANT_TYPES[type_name], hard_rows()
+    expected = oracle.quantize(rows, quant_type, None)
+    assert native.function("quantize.c", f"quantize_{type_name.lower()}") or not shutil.which("cc")
+    np.testing.assert_array_equal(quantize(torch.from_numpy(rows), quant_type), expected)
+    odd = torch.from_numpy(rows[:1, :256])
+    np.testing.assert_array_equal(quantize(odd, quant_type), oracle.quantize(odd.numpy(), quant_type, None))
+    monkeypatch.setattr(native, "function", lambda file, name: None)
+    np.testing.assert_array_equal(quantize(torch.from_numpy(rows), quant_type), expected)
 
 
 @pytest.mark.parametrize("with_moments", [False, True], ids=["plain", "imatrix"])

@@ -1,0 +1,35 @@
+/*
+ * What the files share. All of them take strict IEEE arithmetic, without contraction into multiply-adds and without
+ * reassociation: __init__.py compiles them so.
+ */
+#include <stdint.h>
+#include <string.h>
+
+#if defined(_WIN32)
+#define API __declspec(dllexport)
+#else
+#define API __attribute__((visibility("default")))
+#endif
+
+static inline float float_of_bits(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint32_t bits_of_float(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+/* the 16-bit float at an address */
+static inline float half_at(const uint8_t *at) {
+    uint16_t half;
+    memcpy(&half, at, 2);
+    const uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = (uint32_t)(half & 0x7fff) << 13;
+    if (rest >= 0x0f800000) { /* infinity and NaN */
+        return float_of_bits(sign | 0x70000000 | rest);
+    }
+    return float_of_bits(sign | bits_of_float(float_of_bits(rest) * 0x1p112f));
+}

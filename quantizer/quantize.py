@@ -1,0 +1,45 @@
+"""Float32 to a type's blocks, byte by byte as ggml packs them: by libgguf, or by our own C where that is faster."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+try:
+    import libgguf
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "Making GGUF files needs ggml's quantizers: pip install libgguf", name="libgguf"
+    ) from error
+
+from ..loader import native
+from ..loader.kernels.cpu import in_tiles
+from ..loader.quant_types.base import QuantType
+
+IN_C = ("Q4_K", "Q5_K")
+ROWS = 64  # that a thread takes at a time
+
+
+def quantize(rows: torch.Tensor, quant_type: QuantType, moments: np.ndarray | None = None) -> np.ndarray:
+    """``(rows, columns) float32`` → ``(rows, row_bytes) uint8``, as ggml packs them.
+
+    Args:
+        rows: finite numbers that ``quant_type`` can hold.
+        quant_type: the type.
+        moments: ``(columns,) float32``, the mean square of what each column is multiplied with.
+    """
+    rows = rows.contiguous()
+    n_rows, columns = rows.shape
+    packed = np.empty((n_rows, quant_type.row_bytes(columns)), dtype=np.uint8)
+    in_c = native.function("quantize.c", f"quantize_{quant_type.name.lower()}") if quant_type.name in IN_C else None
+    if in_c is None or moments is not None:
+        libgguf.quantize_rows_into_raw(quant_type.id, rows.numpy(), packed, n_rows, columns, moments)
+        return packed
+
+    blocks = columns // quant_type.block_size
+
+    def quantize_tile(start: int, stop: int) -> None:
+        in_c(rows[start:].data_ptr(), packed[start:].ctypes.data, (stop - start) * blocks)
+
+    in_tiles(quantize_tile, n_rows, ROWS)
+    return packed
