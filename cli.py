@@ -98,6 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_inputs(sensitivity)
     sensitivity.set_defaults(command=_sensitivity)
 
+    compile_ = commands.add_parser(
+        "compile", help="compile what makes converting, and pictures on a CPU, faster; needs a C compiler"
+    )
+    compile_.set_defaults(command=_compile)
+
     migrate = commands.add_parser("migrate", help="take a workflow over from another pack's GGUF loaders")
     migrate.add_argument("workflow", metavar="WORKFLOW", help="a .json file of the editor, or in API format")
     migrate.add_argument("--output", metavar="FILE", help="the file to make; else WORKFLOW with -auraflow in its name")
@@ -239,6 +244,18 @@ def _inputs(options: argparse.Namespace):
         device=options.device,
         dtype=getattr(torch, options.dtype),
     )
+
+
+def _compile(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .loader.native.build import BuildError, build
+
+    try:
+        for path in build():
+            print(path)
+    except BuildError as error:
+        print(f"auraflow-gguf: {error}", file=sys.stderr)
+        return BAD_FILE
+    return OK
 
 
 class _ProgressLine:

@@ -77,6 +77,16 @@ def register_pack() -> None:
     spec.loader.exec_module(module)
 
 
+def compile_native() -> None:
+    """The C for CPUs; where there is no compiler for it, everything does without."""
+    from auraflow_gguf.loader.native import build
+
+    try:
+        build.build()
+    except build.BuildError as error:
+        print(f"without the C for CPUs: {error}")
+
+
 def main(argv: list[str]) -> int:
     inside = argv[:1] == [INSIDE]
     command, *arguments = argv[inside:] or ["--help"]
@@ -89,6 +99,7 @@ def main(argv: list[str]) -> int:
     try:
         found = hosts.find_hosts(ROOT, clone=not inside)
         if inside:
+            compile_native()
             return COMMANDS[command](arguments, found)
         python = environment.ensure(ROOT, hosts.newest(found))
     except (hosts.HostError, environment.SetUpError) as error:

@@ -1,8 +1,8 @@
 """Converting bfloat16 to Q4_K_M beside a quantizer alone, on the same weights with as many threads.
 
 Two quantizers: ggml's own library as llama.cpp builds it, and libgguf, which the converter uses where our C does not
-serve. All of them give the same bytes. The two get their float32 rows in memory, tensor after tensor, and what they give
-is thrown away: reading, widening to float32 and writing are in the converter's time, not in theirs.
+serve. All of them give the same bytes. The two get their float32 rows in memory, tensor after tensor, and what they
+give is thrown away: reading, widening to float32 and writing are in the converter's time, not in theirs.
 """
 
 from __future__ import annotations

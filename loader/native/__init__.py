@@ -1,7 +1,7 @@
-"""C for CPUs, compiled once for this machine where there is a compiler, and kept in the user's cache folder.
+"""C for CPUs. ``python cli.py compile`` compiles it for the machine it is on; the nodes only load what that made.
 
-Without a compiler everything works as well, by libgguf or torch, only slower. ``AURAFLOW_GGUF_NATIVE=0`` in the
-environment does without it too.
+Without it everything works as well, by libgguf or torch, only slower. ``AURAFLOW_GGUF_NATIVE=0`` in the environment
+does without it too.
 """
 
 from __future__ import annotations
@@ -12,26 +12,22 @@ import hashlib
 import logging
 import os
 import platform
-import shutil
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-HEADER = Path(__file__).with_name("native.h")
-FLAGS = ("-O3", "-std=c11", "-fPIC", "-shared", "-fvisibility=hidden", "-ffp-contract=off", "-fno-math-errno")
-SECONDS = 120  # that a compiler may take
+FOLDER = Path(__file__).resolve().parent
+SOURCES = ("dequantize.c", "quantize.c")
 
 # The address of what is read, that of what is written, and how many blocks there are.
 Function = Callable[[int, int, int], None]
 
 
-def function(file: str, name: str) -> Function | None:
-    """The function ``name`` of ``file``, which lies beside this one; None where it cannot be had."""
-    library = _library(file)
+def function(source: str, name: str) -> Function | None:
+    """The function ``name`` of one of the `SOURCES`; None where that is not compiled."""
+    library = _library(source)
     if library is None:
         return None
     found = getattr(library, name)
@@ -40,53 +36,29 @@ def function(file: str, name: str) -> Function | None:
 
 
 @functools.cache
-def _library(file: str) -> ctypes.CDLL | None:
-    if os.environ.get("AURAFLOW_GGUF_NATIVE") == "0" or sys.byteorder != "little":
-        return None
-    compiler = _compiler()
-    if compiler is None:
-        logger.info("no C compiler: %s is left out", file)
+def _library(source: str) -> ctypes.CDLL | None:
+    path = library_path(source)
+    if os.environ.get("AURAFLOW_GGUF_NATIVE") == "0" or not path.exists():
         return None
     try:
-        return ctypes.CDLL(str(_compiled(compiler, HEADER.with_name(file))))
-    except (OSError, subprocess.SubprocessError) as error:
-        logger.info("%s cannot make a library of %s: %s", compiler, file, getattr(error, "stderr", None) or error)
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        logger.warning("%s does not load, and is left out: %s", path, error)
         return None
 
 
-def _compiler() -> str | None:
-    names = (os.environ.get("CC"), "cc", "gcc", "clang")
-    return next(filter(None, (shutil.which(name) for name in names if name)), None)
-
-
-def _compiled(compiler: str, source: Path) -> Path:
-    """The library's path; compiled unless the same source was before, by the same compiler for the same processor."""
-    arm = platform.machine().lower() in ("arm64", "aarch64")
-    command = [compiler, *FLAGS, "-mcpu=native" if arm else "-march=native"]
-    # What a compiler defines tells its version and the instructions that it may use.
-    defined = _run([*command, "-dM", "-E", "-x", "c", os.devnull])
-    parts = (*command, defined, HEADER.read_text("utf-8"), source.read_text("utf-8"))
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
-    folder = _folder()
-    target = folder / f"{source.stem}-{key}.{'dll' if sys.platform == 'win32' else 'so'}"
-    if not target.exists():
-        with tempfile.TemporaryDirectory(dir=folder) as temporary:
-            built = Path(temporary, target.name)
-            _run([*command, str(source), "-o", str(built), "-lm"])
-            os.replace(built, target)
-    return target
-
-
-def _run(command: list[str]) -> str:
-    process = subprocess.run(
-        command, check=True, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL
-    )
-    return process.stdout
-
-
-def _folder() -> Path:
-    """A folder of this user's alone."""
+def library_path(source: str) -> Path:
+    """Where one of the `SOURCES` goes when compiled: to this user's cache folder, by its text and the processor."""
+    parts = [(FOLDER / name).read_bytes() for name in ("native.h", "build.py", source)]
+    key = hashlib.sha256(b"\0".join([*parts, _processor().encode()])).hexdigest()[:16]
     base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
     folder = Path(base or Path.home() / ".cache", "auraflow-gguf", "native")
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    return folder
+    return folder / f"{Path(source).stem}-{key}.{'dll' if sys.platform == 'win32' else 'so'}"
+
+
+def _processor() -> str:
+    """What tells processors apart that have not the same instructions."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return f"{platform.machine()} {platform.processor()} {flags}"

@@ -53,7 +53,7 @@ def new_threads_number() -> int:
 @pytest.fixture(params=["c", "libgguf", "torch"])
 def engine(request, monkeypatch):
     if request.param == "c" and native.function("dequantize.c", "dequantize_q6_k") is None:
-        pytest.skip("no C compiler here")
+        pytest.skip("the C for CPUs is not compiled here")
     if request.param != "c":
         monkeypatch.setattr(native, "function", lambda file, name: None)
     if request.param == "torch":
