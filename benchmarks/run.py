@@ -99,6 +99,12 @@ def _modulation(types: tuple[str, ...], options: argparse.Namespace) -> dict:
     return {"setting": modulation.SETTING_TEXT, **modulation.measure(options.pairs)}
 
 
+def _compiled(types: tuple[str, ...], options: argparse.Namespace) -> dict:
+    from . import compiled
+
+    return {"setting": compiled.SETTING_TEXT, "rows": compiled.measure(options.pairs)}
+
+
 def _lora(types: tuple[str, ...], options: argparse.Namespace) -> dict:
     from . import lora
 
@@ -126,6 +132,7 @@ PARTS = {
     "gpu": _gpu,
     "step": _step,
     "modulation": _modulation,
+    "compiled": _compiled,
     "lora": _lora,
     "convert": _convert,
 }

@@ -65,7 +65,7 @@ register_layout_class(LAYOUT_NAME, GGUFLayout)
 
 @register_layout_op(torch.ops.aten.linear.default, GGUFLayout)
 def _linear(_, args, kwargs) -> torch.Tensor:
-    return _multiply(*args, **kwargs)
+    return linear(*args, **kwargs)
 
 
 @register_layout_op(torch.ops.aten.embedding.default, GGUFLayout)
@@ -80,7 +80,10 @@ def _look_up(weight: QuantizedTensor, indices: torch.Tensor, *options) -> torch.
     return QUANT_TYPES[params.quant_type].dequantize(rows, params.orig_dtype)
 
 
-def _multiply(input: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """``input @ weight.T + bias`` of a weight that may be packed or dense."""
+    if not is_packed(weight):
+        return torch.nn.functional.linear(input, weight, bias)
     return packed_linear(input, weight._qdata, QUANT_TYPES[weight._params.quant_type], bias)
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from comfy.ops import manual_cast
+from comfy.ops import cast_bias_weight, manual_cast, uncast_bias_weight
 
-from .layout import is_packed
+from .layout import is_packed, linear
 from .low_rank import LowRank
 
 
@@ -66,8 +66,15 @@ class GGUFOps(manual_cast):
             self._own_nothing(dtype)
 
         def forward_comfy_cast_weights(self, input):
-            output = super().forward_comfy_cast_weights(input)
+            output = self._traced(input) if torch.compiler.is_compiling() else super().forward_comfy_cast_weights(input)
             return output if self.low_rank is None else self.low_rank.add_to(output, input)
+
+        def _traced(self, input):
+            """The same, for torch.compile, which takes torch's linear apart before a packed weight can answer to it."""
+            weight, bias, stream = cast_bias_weight(self, input, offloadable=True)
+            output = linear(input, weight, bias)
+            uncast_bias_weight(self, weight, bias, stream)
+            return output
 
     class Embedding(_FromFile, manual_cast.Embedding):
         """An embedding that dequantizes the rows that it looks up, and no others, unless it is patched."""

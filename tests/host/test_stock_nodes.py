@@ -8,12 +8,13 @@ import torch
 import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
 from auraflow_gguf.loader.layout import is_packed
 from auraflow_gguf.loader.model import load_model
+from comfy.ldm.modules.attention import attention_pytorch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_model_advanced import ModelComputeDtype, ModelSamplingAuraFlow
 from comfy_extras.nodes_model_merging import ModelMergeBlocks, ModelMergeSimple, ModelSave
 
 from .aura_files import load_dense, make_gguf
-from .forward import forward, loaded
+from .forward import forward, loaded, sampler_options
 from .sampling import QUICK, relative_error, sample
 from .test_patcher import LINEARS, diff, dora, lora, noise, patched, state_of
 
@@ -125,6 +126,31 @@ def test_compiled(packed):
     expected = sample(model, **QUICK)
     set_torch_compile_wrapper(model, backend="aot_eager")
     assert relative_error(sample(model, **QUICK), expected) < 1e-5
+
+
+WHOLE = ["diffusion_model"]
+BLOCKS = ["diffusion_model.double_layers.0", "diffusion_model.single_layers.0"]
+
+
+@pytest.mark.parametrize("keys", [WHOLE, BLOCKS], ids=["whole", "blocks"])
+def test_compiled_once_for_all_sizes(packed, keys):
+    """In one graph for each module, of whatever size after the second, with the products and their bits unchanged."""
+    compiled = packed.clone(disable_dynamic=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    set_torch_compile_wrapper(compiled, backend="aot_eager", fullgraph=True, keys=keys)
+    options = without_graph_breaks(sampler_options(compiled))
+    with loaded(compiled, "full"):
+        for size, batch in ((8, 1), (12, 1), (16, 1), (10, 1)):
+            expected = forward(packed, size=size, batch=batch, options=options | {"wrappers": {}})
+            assert torch.equal(forward(compiled, size=size, batch=batch, options=options), expected)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * len(keys)
+
+
+def without_graph_breaks(options: dict) -> dict:
+    """With another attention than ComfyUI's on a CPU, which breaks graphs by itself."""
+    return options | {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
 
 
 def test_merged_by_blocks_with_a_dense_model(packed, dense):
