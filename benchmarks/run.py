@@ -44,7 +44,7 @@ def main(arguments: list[str], hosts: list[Host]) -> int:
     for part in options.part or PARTS:
         print(f"\n{part}")
         if figures := PARTS[part](types, options):
-            results[part] = figures
+            results["convert_full_size" if part == "convert" and options.full_size else part] = figures
     options.output.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(f"\nWritten to {options.output}")
     if {"dequantize", "step"} <= results.keys():
