@@ -60,6 +60,7 @@ class Description:
 
     Attributes:
         model: what the tensors make up.
+        architecture: its name in ``general.architecture``.
         spelling, prefix, dimensions: see `Match`.
         annotated: whether the file's metadata describe the architecture.
         metadata: those of `REPORTED_METADATA` that it has.
@@ -69,6 +70,7 @@ class Description:
 
     path: str
     model: str
+    architecture: str
     spelling: str
     prefix: str
     dimensions: dict[str, int]
@@ -105,6 +107,7 @@ def describe(path: str | os.PathLike, *, fixed: Mapping[str, int] | None = None)
     return Description(
         path=file.path,
         model=found.architecture.title,
+        architecture=found.architecture.name,
         spelling=found.spelling,
         prefix=found.prefix,
         dimensions=found.dimensions,

@@ -9,7 +9,7 @@ import pytest
 from auraflow_gguf.devtools import locales, templates
 from auraflow_gguf.devtools.browser import Editor
 from auraflow_gguf.devtools.quick import small
-from auraflow_gguf.devtools.random_models import cached_auraflow
+from auraflow_gguf.devtools.random_models import cached_auraflow, cached_text_encoder
 from auraflow_gguf.devtools.server import ROOT, Server, Workflow, load_workflow
 from playwright.sync_api import Locator, expect
 
@@ -182,6 +182,7 @@ def test_the_inspector_shows_a_file(editor: Editor, server: Server, theme: str) 
     editor.page.evaluate("() => app.queuePrompt(0)")
     panel = editor.page.locator(".aurainspect-panel")
     expect(panel.locator("h3")).to_have_text(name)
+    expect(panel.locator("p").first).to_have_text("AuraFlow transformer, 1 double and 1 single layers")
     rows = panel.locator("tbody tr").all_inner_texts()
     assert [row.split("\t")[0].strip() for row in rows] == [
         "attention",
@@ -196,6 +197,25 @@ def test_the_inspector_shows_a_file(editor: Editor, server: Server, theme: str) 
     assert (luminance(panel, "background-color") > 0.5) == (theme == "light")
     assert abs(luminance(panel, "color") - luminance(panel, "background-color")) > 0.5
     editor.open(server.url, Comfy_ColorPalette="dark")
+
+
+def test_the_inspector_shows_a_text_encoder(editor: Editor) -> None:
+    name = f"text_encoders/{cached_text_encoder().name}"
+    editor.load(graph_of("AuraFlowGGUFInspect", name, False))
+    editor.page.evaluate("() => app.queuePrompt(0)")
+    panel = editor.page.locator(".aurainspect-panel")
+    expect(panel.locator("h3")).to_have_text(name)
+    expect(panel.locator("p").first).to_have_text("Pile-T5-XL text encoder, 24 layers")
+    rows = panel.locator("tbody tr").all_inner_texts()
+    assert [row.split("\t")[0].strip() for row in rows] == ["attention", "MLP", "embedding", "norms", "all"]
+    assert "Q8_0" in rows[2]
+    expect(panel.locator(".aurainspect-memory")).to_have_count(1)
+    assert (
+        panel.locator(".aurainspect-swatch").evaluate_all(
+            "found => new Set(found.map((swatch) => swatch.style.background)).size"
+        )
+        == 4
+    )
 
 
 def luminance(element: Locator, name: str) -> float:
