@@ -87,7 +87,7 @@ def panel_entries(description: Description) -> dict[str, object]:
         "prefix": description.prefix,
         "dimensions": description.dimensions,
         "annotated": description.annotated,
-        "metadata": {key: str(value) for key, value in description.metadata.items()},
+        "metadata": description.texts,
         "skipped": description.skipped,
         "groups": groups[:-1],
         "total": groups[-1],

@@ -36,7 +36,7 @@ const STRINGS = {
     withCache: "with modulation cache",
     withoutCache: "without",
     textEncoder: "of the text encoder",
-    memoryNote: "The weights alone, fully loaded. Sampling takes some more.",
+    memoryNote: "The weights alone, fully loaded. Running takes some more.",
     about: "What the file says",
     spelling: "names",
     prefix: "prefix",
@@ -69,7 +69,7 @@ const STRINGS = {
     withCache: "使用调制缓存",
     withoutCache: "不使用",
     textEncoder: "文本编码器",
-    memoryNote: "仅为完全加载时的权重，采样还需要额外显存。",
+    memoryNote: "仅为完全加载时的权重，运行还需要额外显存。",
     about: "文件自述",
     spelling: "命名",
     prefix: "前缀",
@@ -167,9 +167,17 @@ function memory(found, text) {
   );
 }
 
+// A hash by its beginning; the whole of it shows when one points at it.
+function shortened(value) {
+  const hash = /^[0-9a-f]{64}$/.test(value);
+  const made = element("dd", "", hash ? `${value.slice(0, 16)}…` : value);
+  if (hash) made.title = value;
+  return made;
+}
+
 function about(found, text) {
   const list = element("dl", "");
-  const say = (key, value) => list.append(element("dt", "", key), element("dd", "", String(value)));
+  const say = (key, value) => list.append(element("dt", "", key), shortened(value));
   say(text.spelling, found.spelling);
   if (found.prefix) say(text.prefix, found.prefix);
   for (const [key, value] of Object.entries(found.metadata)) say(key, value);
@@ -250,6 +258,7 @@ app.registerExtension({
     const widget = node.addDOMWidget("inspection", "aurainspect", panel, {
       serialize: false,
       hideOnZoom: false,
+      hideInPanel: true, // the side panel of a selected node would narrow the one in the node
       getMinHeight: () => 160,
     });
     widget.serialize = false; // in the workflow's widgets_values; the option above is for the prompt

@@ -196,6 +196,12 @@ def test_the_inspector_shows_a_file(editor: Editor, server: Server, theme: str) 
     assert luminance(panel, "color") != luminance(panel, "background-color")
     assert (luminance(panel, "background-color") > 0.5) == (theme == "light")
     assert abs(luminance(panel, "color") - luminance(panel, "background-color")) > 0.5
+    # the panel keeps its width beside the side panel of a selected node
+    width = panel.evaluate("element => element.offsetWidth")
+    assert width > 400
+    open_help(editor, "AuraFlowGGUFInspect")
+    editor.frame()
+    assert panel.evaluate("element => element.offsetWidth") == width
     editor.open(server.url, Comfy_ColorPalette="dark")
 
 
