@@ -102,6 +102,29 @@ def numbered(workflow: Workflow) -> Workflow:
     }
 
 
+def test_another_packs_loader_is_replaced(editor: Editor, server: Server) -> None:
+    editor.open(server.url, Comfy_NodeReplacement_Enabled=True)
+    graph = graph_of("UnetLoaderGGUF", cached_auraflow().name)
+    (node,) = graph["nodes"]
+    node["outputs"] = [{"name": "MODEL", "type": "MODEL", "links": []}]
+    node["inputs"] = [{"name": "unet_name", "type": "COMBO", "widget": {"name": "unet_name"}, "link": None}]
+    editor.load(graph)
+    page = editor.page
+    summary = page.get_by_test_id("error-overlay-see-errors")
+    offer = page.get_by_role("button", name=re.compile("^Replace (Node|Selected)"))
+    offer.or_(summary).first.wait_for()
+    if summary.is_visible():
+        summary.click()
+    offer.first.click()
+    page.wait_for_function("() => app.graph.nodes[0].type === 'AuraFlowGGUFLoader'")
+    (made,) = editor.prompt().values()
+    assert made["inputs"] == {
+        "model_name": cached_auraflow().name,
+        "compute_dtype": "auto",
+        "modulation_cache": True,
+    }
+
+
 def template_graph(case: str) -> dict:
     (template,) = (template for template in templates.TEMPLATES if template.case == case)
     return json.loads((ROOT / "example_workflows" / f"{template.title}.json").read_text(encoding="utf-8"))
