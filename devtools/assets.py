@@ -38,7 +38,14 @@ _HELP = {
     "AuraFlowGGUFInspect": ("convert_and_save", (("inspect",),)),
 }
 _MARGIN = 24  # around a picture's nodes, in pixels
-THUMBNAIL = (640, 400)
+THUMBNAIL = (512, 512)  # the template browser's cards are square
+_THUMBNAILS = {  # what of a template's graph can be told apart in a small picture
+    "text_to_image": (("loader", "positive"), ("sampling", "sampler")),
+    "text_to_image_lora": (("loader", "clip"), ("lora", "positive")),
+    "image_to_image": (("image", "scale"), ("encode", "sampler")),
+    "convert_and_save": (("convert",), ("inspect",)),
+    "importance_matrix": (("positive", "negative", "latent"), ("importance",)),
+}
 _NAMES = {  # files that the templates name
     "diffusion_models": ("auraflow-v0.3.safetensors",),
     "text_encoders": ("pile-t5-xl-Q4_K_M.gguf",),
@@ -120,7 +127,7 @@ def _pictures(editor: Editor, url: str) -> None:
     graphs = {template.case: _read(template) for template in templates.TEMPLATES}
     for template in templates.TEMPLATES:
         editor.open(url)
-        editor.load(graphs[template.case])
+        editor.load(_only(graphs[template.case], template.case, _THUMBNAILS[template.case]))
         if template.case == "convert_and_save":
             _inspect(editor)
         picture = _shot(editor)

@@ -10,7 +10,9 @@ from comfy_api.latest import io
 from ..loader.errors import ModelFileError
 from ..quantizer.inspection import Description, describe, report, verify
 from .convert import shown_progress
-from .folders import MODEL_FOLDER, fingerprint
+from .folders import MODEL_FOLDER, TEXT_ENCODER_FOLDER, fingerprint
+
+_TEXT_ENCODERS = "text_encoders/"  # before the names of text encoders, which may be those of transformers too
 
 
 class AuraFlowGGUFInspect(io.ComfyNode):
@@ -28,8 +30,11 @@ class AuraFlowGGUFInspect(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folder_paths.get_filename_list(MODEL_FOLDER),
-                    tooltip="A .gguf file in models/diffusion_models or models/unet, subfolders included.",
+                    options=[
+                        *folder_paths.get_filename_list(MODEL_FOLDER),
+                        *(f"{_TEXT_ENCODERS}{name}" for name in folder_paths.get_filename_list(TEXT_ENCODER_FOLDER)),
+                    ],
+                    tooltip="A .gguf file in models/diffusion_models, or a text encoder's in models/text_encoders.",
                 ),
                 io.Boolean.Input(
                     "check_numbers",
@@ -43,11 +48,11 @@ class AuraFlowGGUFInspect(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, model_name: str, check_numbers: bool = False) -> str:
-        return f"{fingerprint(MODEL_FOLDER, model_name)} {check_numbers}"
+        return f"{fingerprint(*_located(model_name))} {check_numbers}"
 
     @classmethod
     def execute(cls, model_name: str, check_numbers: bool = False) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise(MODEL_FOLDER, model_name)
+        path = folder_paths.get_full_path_or_raise(*_located(model_name))
         try:
             description = describe(path)
             problems = verify(path, progress=shown_progress()) if check_numbers else []
@@ -63,16 +68,26 @@ class AuraFlowGGUFInspect(io.ComfyNode):
         return io.NodeOutput("\n".join(lines), ui={"inspection": [panel]})
 
 
+def _located(model_name: str) -> tuple[str, str]:
+    """ComfyUI's key of the folder that a choice is in, and its name there. A transformer may be in a subfolder that is
+    called as the text encoders' folder is."""
+    name = model_name.removeprefix(_TEXT_ENCODERS)
+    if name == model_name or model_name in folder_paths.get_filename_list(MODEL_FOLDER):
+        return MODEL_FOLDER, model_name
+    return TEXT_ENCODER_FOLDER, name
+
+
 def panel_entries(description: Description) -> dict[str, object]:
     """A description as JSON values for the panel; sizes in bytes."""
     groups = [dataclasses.asdict(group) | {"bits_per_weight": group.bits_per_weight} for group in description.groups]
     return {
         "model": description.model,
+        "architecture": description.architecture,
         "spelling": description.spelling,
         "prefix": description.prefix,
         "dimensions": description.dimensions,
         "annotated": description.annotated,
-        "metadata": {key: str(value) for key, value in description.metadata.items()},
+        "metadata": description.texts,
         "skipped": description.skipped,
         "groups": groups[:-1],
         "total": groups[-1],

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+import gguf
 import torch
 
 from ..loader.architecture import Match, annotations, match
@@ -60,6 +61,7 @@ class Description:
 
     Attributes:
         model: what the tensors make up.
+        architecture: its name in ``general.architecture``.
         spelling, prefix, dimensions: see `Match`.
         annotated: whether the file's metadata describe the architecture.
         metadata: those of `REPORTED_METADATA` that it has.
@@ -69,6 +71,7 @@ class Description:
 
     path: str
     model: str
+    architecture: str
     spelling: str
     prefix: str
     dimensions: dict[str, int]
@@ -80,6 +83,15 @@ class Description:
     @property
     def total(self) -> Group:
         return self.groups[-1]
+
+    @property
+    def texts(self) -> dict[str, str]:
+        """The metadata for a person: beside the number of a file type llama.cpp's name for it."""
+        texts = {key: str(value) for key, value in self.metadata.items()}
+        number = self.metadata.get("general.file_type")
+        if number in list(gguf.LlamaFileType):
+            texts["general.file_type"] += f" ({gguf.LlamaFileType(number).name.removeprefix('MOSTLY_')})"
+        return texts
 
     @property
     def memory(self) -> dict[str, int]:
@@ -105,6 +117,7 @@ def describe(path: str | os.PathLike, *, fixed: Mapping[str, int] | None = None)
     return Description(
         path=file.path,
         model=found.architecture.title,
+        architecture=found.architecture.name,
         spelling=found.spelling,
         prefix=found.prefix,
         dimensions=found.dimensions,
@@ -119,7 +132,7 @@ def report(description: Description) -> str:
     """A description as lines of text: what the file is, its metadata, and a table of its groups."""
     prefix = f" after {description.prefix!r}" if description.prefix else ""
     lines = [f"{description.path}: {description.model}, {description.spelling} names{prefix}"]
-    lines += [f"  {key}: {value}" for key, value in (description.dimensions | description.metadata).items()]
+    lines += [f"  {key}: {value}" for key, value in (description.dimensions | description.texts).items()]
     if not description.annotated:
         lines.append("  not annotated: made by an older or another converter")
     if description.skipped:

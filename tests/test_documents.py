@@ -1,4 +1,5 @@
-"""Every command and table of README.md and docs/ is tried: those of docs/api.md and the messages by tests/host."""
+"""Every command and table of README.md and docs/ is tried: those of docs/api.md, the messages and the demo by
+tests/host."""
 
 from __future__ import annotations
 
@@ -8,11 +9,13 @@ import shlex
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from auraflow_gguf import cli
 from auraflow_gguf.devtools.random_models import full_size
+from auraflow_gguf.devtools.tiers import TIERS
 from auraflow_gguf.loader.auraflow import AURAFLOW
 from auraflow_gguf.loader.parts import PARTS
 from safetensors.torch import save_file
@@ -23,12 +26,13 @@ from .quantizer.small_model import native_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+IN_PROSE = [*PAGES, ROOT / "SECURITY.md", ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml"]
 NEEDS_NETWORK = ("git clone", "pip install")  # and change the Python that runs this
 SERVER_PAGE = "api.md"
 
 
 def commands() -> list[str]:
-    """All lines of all blocks of code, those of a quoted script as one."""
+    """All lines of all blocks of code, those of a quoted script as one, and what stands in the text as `python …`."""
     found = []
     for page in PAGES:
         if page.name == SERVER_PAGE:
@@ -36,6 +40,8 @@ def commands() -> list[str]:
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
             whole = re.split(r"\n(?=python |git |pip )", block.strip())
             found += [command for command in whole if not command.startswith(NEEDS_NETWORK)]
+    for page in IN_PROSE:
+        found += re.findall(r"`(python [^`]+)`", page.read_text(encoding="utf-8"))
     return list(dict.fromkeys(found))
 
 
@@ -46,6 +52,14 @@ def test_nothing_is_written_down_that_no_test_tries():
             name, *arguments = shlex.split(command)[2:]
             assert name in dev.COMMANDS
             assert arguments[:1] in ([], ["--tier"]), command
+            assert {tier for flag, tier in pairwise(arguments) if flag == "--tier"} <= TIERS.keys(), command
+            ran = subprocess.run(
+                [sys.executable, "dev.py", dev.INSIDE, name, "--help", *arguments],
+                cwd=ROOT,
+                capture_output=True,
+                text=True,
+            )
+            assert (ran.returncode, ran.stdout[:6]) == (0, "usage:"), f"{command}\n{ran.stderr}"
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python cli.py ")])
@@ -58,8 +72,9 @@ def test_a_command_of_the_command_line(command, tmp_path, monkeypatch, capsys):
     prompt = {"1": {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": "v7.gguf"}}}
     Path("workflow.json").write_text(json.dumps(prompt))
     arguments = shlex.split(command)[2:]
-    if "TARGET.gguf" in arguments and arguments[0] != "convert":
-        assert cli.main(["convert", "SOURCE.safetensors", "TARGET.gguf", "--type", "Q4_K_M"]) == 0
+    for name in ("TARGET.gguf", "FILE.gguf"):
+        if name in arguments and arguments[0] != "convert":
+            assert cli.main(["convert", "SOURCE.safetensors", name, "--type", "Q4_K_M"]) == 0
     arguments = [f"{name}.safetensors" if name in ("SOURCE", "MODEL", "A", "B") else name for name in arguments]
     if arguments[0] == "sensitivity":
         arguments += ["--size", "8", "--tokens", "4"]

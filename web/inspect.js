@@ -1,10 +1,18 @@
-// Draws the panel of the node Inspect AuraFlow GGUF from what nodes/inspect.py sends.
+// Draws the panel of the node Inspect AuraFlow GGUF from what nodes/inspect.py sends: of an AuraFlow transformer
+// (architecture "aura") or its text encoder ("t5encoder").
 
 import { app } from "../../scripts/app.js";
 
 const NODE = "AuraFlowGGUFInspect";
 const PANEL_SIZE = [440, 600]; // of a new node, in the graph's pixels
-const GROUP_COLORS = { attention: "#4c8dd6", MLP: "#3fa37c", modulation: "#d9903d", "embedders, output": "#9a7bd0" };
+const GROUP_COLORS = {
+  attention: "#4c8dd6",
+  MLP: "#3fa37c",
+  modulation: "#d9903d",
+  "embedders, output": "#9a7bd0",
+  embedding: "#9a7bd0",
+  norms: "#c4637e",
+};
 
 const STRINGS = {
   en: {
@@ -13,7 +21,10 @@ const STRINGS = {
     found: "Found",
     expected: "Expected",
     advice: "What to do",
-    layers: (d) => `${d.double_layers} double and ${d.single_layers} single layers`,
+    kinds: {
+      aura: (d) => `AuraFlow transformer, ${d.double_layers} double and ${d.single_layers} single layers`,
+      t5encoder: (d) => `Pile-T5-XL text encoder, ${d["encoder.block"]} layers`,
+    },
     bits: "bits per weight",
     shortBits: "Bits",
     size: "size",
@@ -24,7 +35,8 @@ const STRINGS = {
     memory: "Memory on the GPU",
     withCache: "with modulation cache",
     withoutCache: "without",
-    memoryNote: "The weights alone, fully loaded. Sampling takes some more.",
+    textEncoder: "of the text encoder",
+    memoryNote: "The weights alone, fully loaded. Running takes some more.",
     about: "What the file says",
     spelling: "names",
     prefix: "prefix",
@@ -33,7 +45,7 @@ const STRINGS = {
     sound: "No NaN and no infinity in any weight.",
     problems: "Problems",
     noProblem: "The structure is sound. The numbers were not checked.",
-    groups: { attention: "attention", MLP: "MLP", modulation: "modulation", "embedders, output": "embedders, output" },
+    groups: {},
     total: "all",
   },
   zh: {
@@ -42,7 +54,10 @@ const STRINGS = {
     found: "发现",
     expected: "应为",
     advice: "处理办法",
-    layers: (d) => `${d.double_layers} 个双流层，${d.single_layers} 个单流层`,
+    kinds: {
+      aura: (d) => `AuraFlow Transformer，${d.double_layers} 个双流层，${d.single_layers} 个单流层`,
+      t5encoder: (d) => `Pile-T5-XL 文本编码器，${d["encoder.block"]} 层`,
+    },
     bits: "每权重位数",
     shortBits: "位数",
     size: "大小",
@@ -53,7 +68,8 @@ const STRINGS = {
     memory: "显存占用",
     withCache: "使用调制缓存",
     withoutCache: "不使用",
-    memoryNote: "仅为完全加载时的权重，采样还需要额外显存。",
+    textEncoder: "文本编码器",
+    memoryNote: "仅为完全加载时的权重，运行还需要额外显存。",
     about: "文件自述",
     spelling: "命名",
     prefix: "前缀",
@@ -62,7 +78,13 @@ const STRINGS = {
     sound: "所有权重中都没有 NaN 或无穷大。",
     problems: "问题",
     noProblem: "结构正确，未检查数值。",
-    groups: { attention: "注意力", MLP: "MLP", modulation: "调制", "embedders, output": "嵌入与输出" },
+    groups: {
+      attention: "注意力",
+      modulation: "调制",
+      "embedders, output": "嵌入与输出",
+      embedding: "词嵌入",
+      norms: "归一化",
+    },
     total: "全部",
   },
 };
@@ -80,7 +102,7 @@ function element(tag, name, ...children) {
   return made;
 }
 
-const gigabytes = (bytes) => (bytes / 1e9).toFixed(2);
+const gigabytes = (bytes) => (bytes < 5e6 ? "< 0.01" : (bytes / 1e9).toFixed(2));
 
 function figure(value, label) {
   return element("div", "figure", element("b", "", value), element("span", "", label));
@@ -132,21 +154,30 @@ function row(name, group, types) {
 function memory(found, text) {
   const { with_cache: withCache, without_cache: without } = found.memory;
   const rest = found.groups.filter((group) => group.name !== "modulation");
+  const cached = rest.length < found.groups.length;
   const line = (parts, bytes, label) =>
     element("div", "memory", bar(parts, without), element("b", "", `${gigabytes(bytes)} GB`), element("span", "", label));
   return element(
     "section",
     "",
     element("h4", "", text.memory),
-    line(rest, withCache, text.withCache),
-    line(found.groups, without, text.withoutCache),
+    cached ? line(rest, withCache, text.withCache) : null,
+    line(found.groups, without, cached ? text.withoutCache : text.textEncoder),
     element("p", "quiet", text.memoryNote),
   );
 }
 
+// A hash by its beginning; the whole of it shows when one points at it.
+function shortened(value) {
+  const hash = /^[0-9a-f]{64}$/.test(value);
+  const made = element("dd", "", hash ? `${value.slice(0, 16)}…` : value);
+  if (hash) made.title = value;
+  return made;
+}
+
 function about(found, text) {
   const list = element("dl", "");
-  const say = (key, value) => list.append(element("dt", "", key), element("dd", "", String(value)));
+  const say = (key, value) => list.append(element("dt", "", key), shortened(value));
   say(text.spelling, found.spelling);
   if (found.prefix) say(text.prefix, found.prefix);
   for (const [key, value] of Object.entries(found.metadata)) say(key, value);
@@ -180,7 +211,7 @@ function refusal(found, text) {
 function description(found, text) {
   return [
     element("h3", "", found.file),
-    element("p", "quiet", text.layers(found.dimensions)),
+    element("p", "quiet", text.kinds[found.architecture](found.dimensions)),
     element(
       "div",
       "figures",
@@ -227,6 +258,7 @@ app.registerExtension({
     const widget = node.addDOMWidget("inspection", "aurainspect", panel, {
       serialize: false,
       hideOnZoom: false,
+      hideInPanel: true, // the side panel of a selected node would narrow the one in the node
       getMinHeight: () => 160,
     });
     widget.serialize = false; // in the workflow's widgets_values; the option above is for the prompt

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 from auraflow_gguf.devtools import quick
-from auraflow_gguf.devtools.browser import Editor, browser, frontend_arguments
+from auraflow_gguf.devtools.browser import TIMEOUT_MS, Editor, browser, frontend_arguments
 from auraflow_gguf.devtools.cache import cache_folder
 from auraflow_gguf.devtools.hosts import find_hosts
 from auraflow_gguf.devtools.random_models import cached_auraflow
 from auraflow_gguf.devtools.server import ROOT, Server
+from playwright.sync_api import expect
 
 BAD_FILE = "bad.gguf"
+
+expect.set_options(timeout=TIMEOUT_MS)
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ import pytest
 from auraflow_gguf.devtools import locales, templates
 from auraflow_gguf.devtools.browser import Editor
 from auraflow_gguf.devtools.quick import small
-from auraflow_gguf.devtools.random_models import cached_auraflow
+from auraflow_gguf.devtools.random_models import cached_auraflow, cached_text_encoder
 from auraflow_gguf.devtools.server import ROOT, Server, Workflow, load_workflow
 from playwright.sync_api import Locator, expect
 
@@ -102,6 +102,29 @@ def numbered(workflow: Workflow) -> Workflow:
     }
 
 
+def test_another_packs_loader_is_replaced(editor: Editor, server: Server) -> None:
+    editor.open(server.url, Comfy_NodeReplacement_Enabled=True)
+    graph = graph_of("UnetLoaderGGUF", cached_auraflow().name)
+    (node,) = graph["nodes"]
+    node["outputs"] = [{"name": "MODEL", "type": "MODEL", "links": []}]
+    node["inputs"] = [{"name": "unet_name", "type": "COMBO", "widget": {"name": "unet_name"}, "link": None}]
+    editor.load(graph)
+    page = editor.page
+    summary = page.get_by_test_id("error-overlay-see-errors")
+    offer = page.get_by_role("button", name=re.compile("^Replace (Node|Selected)"))
+    offer.or_(summary).first.wait_for()
+    if summary.is_visible():
+        summary.click()
+    offer.first.click()
+    page.wait_for_function("() => app.graph.nodes[0].type === 'AuraFlowGGUFLoader'")
+    (made,) = editor.prompt().values()
+    assert made["inputs"] == {
+        "model_name": cached_auraflow().name,
+        "compute_dtype": "auto",
+        "modulation_cache": True,
+    }
+
+
 def template_graph(case: str) -> dict:
     (template,) = (template for template in templates.TEMPLATES if template.case == case)
     return json.loads((ROOT / "example_workflows" / f"{template.title}.json").read_text(encoding="utf-8"))
@@ -182,6 +205,7 @@ def test_the_inspector_shows_a_file(editor: Editor, server: Server, theme: str) 
     editor.page.evaluate("() => app.queuePrompt(0)")
     panel = editor.page.locator(".aurainspect-panel")
     expect(panel.locator("h3")).to_have_text(name)
+    expect(panel.locator("p").first).to_have_text("AuraFlow transformer, 1 double and 1 single layers")
     rows = panel.locator("tbody tr").all_inner_texts()
     assert [row.split("\t")[0].strip() for row in rows] == [
         "attention",
@@ -195,7 +219,32 @@ def test_the_inspector_shows_a_file(editor: Editor, server: Server, theme: str) 
     assert luminance(panel, "color") != luminance(panel, "background-color")
     assert (luminance(panel, "background-color") > 0.5) == (theme == "light")
     assert abs(luminance(panel, "color") - luminance(panel, "background-color")) > 0.5
+    # the panel keeps its width beside the side panel of a selected node
+    width = panel.evaluate("element => element.offsetWidth")
+    assert width > 400
+    open_help(editor, "AuraFlowGGUFInspect")
+    editor.frame()
+    assert panel.evaluate("element => element.offsetWidth") == width
     editor.open(server.url, Comfy_ColorPalette="dark")
+
+
+def test_the_inspector_shows_a_text_encoder(editor: Editor) -> None:
+    name = f"text_encoders/{cached_text_encoder().name}"
+    editor.load(graph_of("AuraFlowGGUFInspect", name, False))
+    editor.page.evaluate("() => app.queuePrompt(0)")
+    panel = editor.page.locator(".aurainspect-panel")
+    expect(panel.locator("h3")).to_have_text(name)
+    expect(panel.locator("p").first).to_have_text("Pile-T5-XL text encoder, 24 layers")
+    rows = panel.locator("tbody tr").all_inner_texts()
+    assert [row.split("\t")[0].strip() for row in rows] == ["attention", "MLP", "embedding", "norms", "all"]
+    assert "Q8_0" in rows[2]
+    expect(panel.locator(".aurainspect-memory")).to_have_count(1)
+    assert (
+        panel.locator(".aurainspect-swatch").evaluate_all(
+            "found => new Set(found.map((swatch) => swatch.style.background)).size"
+        )
+        == 4
+    )
 
 
 def luminance(element: Locator, name: str) -> float:

@@ -1,4 +1,4 @@
-"""The loader node in its host: what it lists, what it gives, when it runs again."""
+"""The loaders and the inspector in their host: what they list, what they give, when they run again."""
 
 import asyncio
 import os
@@ -9,6 +9,7 @@ import pytest
 import torch
 import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
 from auraflow_gguf import comfy_entrypoint
+from auraflow_gguf.devtools import random_models
 from auraflow_gguf.loader.errors import ModelFileError
 from auraflow_gguf.nodes.folders import register_gguf_folders
 
@@ -71,6 +72,40 @@ def test_text_encoders_are_listed_from_both_folders_and_loaded_anew_when_replace
     assert node.fingerprint_inputs("clip.gguf") != before
     with pytest.raises(ModelFileError, match=r"clip\.gguf: found an empty file"):
         node.execute("clip.gguf")
+
+
+def test_the_inspector_lists_transformers_and_text_encoders_and_keeps_them_apart(pack_nodes, models, monkeypatch):
+    """Also where a transformer's subfolder has the text encoders' name, and both have a file of one name."""
+    text_encoder = random_models.cached_text_encoder()
+    folder = models.parent / "text encoders"
+    for name in ("pony/v7.gguf", "t5.gguf"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).symlink_to(text_encoder)
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "clip_gguf", ([str(folder)], {".gguf"}))
+    (models / "text_encoders").mkdir()
+    shutil.copy(make_gguf("Q4_0"), models / "text_encoders" / "t5.gguf")
+    folder_paths.filename_list_cache.clear()
+    node = pack_nodes["AuraFlowGGUFInspect"]
+    options = node.define_schema().inputs[0].options
+    same = os.path.join("text_encoders", "t5.gguf")
+    assert [
+        name for name in (NAME, same, f"text_encoders/{NAME}", "text_encoders/t5.gguf") if name not in options
+    ] == []
+
+    def kind(name: str) -> str:
+        (panel,) = node.execute(name).ui["inspection"]
+        return panel["architecture"]
+
+    assert kind(NAME) == kind(same) == "aura"
+    assert kind(f"text_encoders/{NAME}") == "t5encoder"
+    shutil.rmtree(models / "text_encoders")
+    folder_paths.filename_list_cache.clear()
+    before = node.fingerprint_inputs("text_encoders/t5.gguf")
+    (folder / "t5.gguf").unlink()
+    (folder / "t5.gguf").touch()
+    assert node.fingerprint_inputs("text_encoders/t5.gguf") != before
+    (panel,) = node.execute("text_encoders/t5.gguf").ui["inspection"]
+    assert panel["refusal"]["found"] == "an empty file (0 bytes)"
 
 
 def test_a_replaced_file_is_loaded_anew(pack_nodes, models):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +14,20 @@ import numpy as np
 import pytest
 import torch
 from auraflow_gguf.devtools import random_models
-from auraflow_gguf.devtools.server import PromptError, Server, Workflow, load_workflow, set_inputs, set_text_encoder
+from auraflow_gguf.devtools.hosts import Host
+from auraflow_gguf.devtools.server import (
+    ROOT,
+    PromptError,
+    Server,
+    Workflow,
+    load_workflow,
+    set_inputs,
+    set_text_encoder,
+)
 from PIL import Image
 from safetensors.torch import save_file
+
+import dev
 
 
 def text_to_image(model_name: str) -> Workflow:
@@ -71,6 +85,16 @@ def test_text_to_image(server: Server) -> None:
         assert np.asarray(image).std() > 10
     log = server.log.read_text(encoding="utf-8", errors="replace")
     assert not re.search(r"clip missing|unet missing|Missing VAE keys", log)
+
+
+def test_the_demo_makes_a_picture(host: Host) -> None:
+    command = [sys.executable, "dev.py", dev.INSIDE, "demo", "--steps", "1"]
+    environment = {**os.environ, "COMFYUI_PATH": str(host.path)}
+    ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert "KSampler 1/1" in ran.stdout
+    with Image.open(ran.stdout.split("\n")[-2]) as image:
+        assert image.size == (512, 512)
 
 
 def test_a_lora_in_a_spelling_that_the_host_drops(server: Server) -> None:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,48 @@ def test_the_host_takes_a_prompt_for_another_pack(server):
     workflow["loader"] = {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": model}, "_meta": {}}
     workflow["sampler"]["inputs"]["seed"] = 77
     assert server.prompt(workflow)
+
+
+OTHER_PACK = """
+class Loader:
+    CATEGORY, FUNCTION, RETURN_TYPES = "loaders", "load", ("STRING",)
+    OUTPUT_NODE = True
+
+    @classmethod
+    def INPUT_TYPES(cls):
+        return {{"required": {{"unet_name": ("STRING", {{}})}}}}
+
+    def load(self, unet_name):
+        return {{"ui": {{"loaded": [unet_name]}}, "result": (unet_name,)}}
+
+
+NODE_CLASS_MAPPINGS = {{{name!r}: Loader}}
+"""
+
+
+def replacements(server: Server) -> dict[str, list[str]]:
+    """What the editor asks for when a graph has nodes that it does not know: their ids, and those that can stand in."""
+    with urllib.request.urlopen(f"{server.url}/api/node_replacements") as answer:
+        offered = {old: [entry["new_node_id"] for entry in entries] for old, entries in json.load(answer).items()}
+    return {old: new for old, new in offered.items() if old in REPLACEMENTS}
+
+
+def test_replacements_are_offered_where_the_other_pack_is_absent(server):
+    assert replacements(server) == {old: [replacement.new] for old, replacement in REPLACEMENTS.items()}
+
+
+def test_replacements_are_not_offered_for_nodes_that_another_pack_has(host, tmp_path):
+    """Two such packs, in the order in which the host happens to find them and ours."""
+    for folder, name in (("a-pack", "UnetLoaderGGUF"), ("z-pack", "CLIPLoaderGGUF")):
+        (tmp_path / "custom_nodes" / folder).mkdir(parents=True)
+        (tmp_path / "custom_nodes" / folder / "__init__.py").write_text(OTHER_PACK.format(name=name))
+    with Server(host, tmp_path, {}) as server:
+        assert replacements(server) == {"UnetLoaderGGUFAdvanced": ["AuraFlowGGUFLoader"]}
+        theirs = {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": "theirs.gguf"}, "_meta": {}}
+        assert server.prompt({"1": theirs}) == []
+        with urllib.request.urlopen(f"{server.url}/history") as answer:
+            (run,) = json.load(answer).values()
+        assert run["outputs"]["1"] == {"loaded": ["theirs.gguf"]}
 
 
 @pytest.mark.parametrize("template", templates.TEMPLATES, ids=lambda template: template.case)

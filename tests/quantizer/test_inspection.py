@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from auraflow_gguf.loader.errors import ModelFileError
@@ -32,6 +34,9 @@ def test_describe(model):
     assert (description.model, description.spelling, description.prefix) == ("an AuraFlow transformer", "native", "")
     assert description.annotated
     assert description.metadata["general.name"] == "aura"
+    assert description.texts["general.file_type"] == "15 (Q4_K_M)"
+    assert replace(description, metadata={"general.file_type": 9999}).texts == {"general.file_type": "9999"}
+    assert replace(description, metadata={}).texts == {}
     assert description.dimensions["single_layers"] == 2
     groups = {group.name: group for group in description.groups}
     assert groups["modulation"].types == {"Q5_K": 4, "BF16": 1}

@@ -82,6 +82,7 @@ def verify_and_compare(source, target):
     assert everything.relative_error < 0.1
     described = describe(target, fixed=SIZES)
     assert (described.model, described.spelling) == ("the Pile-T5-XL text encoder", "llama.cpp")
+    assert described.memory["with_cache"] == described.memory["without_cache"] == described.total.nbytes
     assert described.annotated
     names = {group.name: sum(group.types.values()) for group in described.groups}
     assert names == {"attention": 10, "MLP": 6, "embedding": 1, "norms": 5, "all": 22}
