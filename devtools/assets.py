@@ -176,6 +176,7 @@ def _inspect(editor: Editor) -> None:
         }"""
     )
     editor.page.locator(".aurainspect-panel table").wait_for()
+    editor.page.wait_for_function("() => !app.runningNodeId")  # else the node has a frame
 
 
 def _shot(editor: Editor) -> Image.Image:

@@ -246,7 +246,7 @@ def api_text(workflow: Workflow) -> str:
 
 # Sizes in the graph's pixels.
 _TITLE, _GAP, _COLUMN_GAP = 30, 40, 60
-_SLOT, _WIDGET, _TEXT = 20, 24, 110
+_SLOT, _WIDGET, _TEXT, _LINES = 20, 24, 110, 60
 _WIDTH = 350
 _SIZES = {  # of nodes that show more than their widgets
     "SaveImage": (340, 370),
@@ -255,6 +255,7 @@ _SIZES = {  # of nodes that show more than their widgets
     "CLIPTextEncode": (340, 130),
     "MarkdownNote": (300, 250),
 }
+_SHOWING_A_LINE = ("AuraFlowLoraLoader", "AuraFlowGGUFConvert", "AuraFlowGGUFSave", "AuraFlowGGUFImportance")
 _TITLES = {"positive": "Positive prompt", "negative": "Negative prompt"}
 
 
@@ -313,6 +314,8 @@ def _graph_node(number: int, entry: Mapping[str, Any], info: ObjectInfo) -> dict
             if options.get("image_upload"):
                 values.append("image")
                 height += _WIDGET
+    if class_type in _SHOWING_A_LINE:
+        height += _LINES
     names = described["output_name"]
     outputs = [{"name": n, "type": t, "links": []} for n, t in zip(names, described["output"], strict=True)]
     height += _SLOT * max(len(inputs), len(outputs)) + 20

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from pathlib import Path
 
-import comfy.model_management
 import comfy.text_encoders.aura_t5
-import comfy.utils
 import folder_paths
 from comfy_api.latest import io, ui
 
 from ..loader.parts import PARTS
 from ..quantizer.recipe import RECIPES
+from .feedback import show_line, shown_progress
 from .folders import MODEL_FOLDER, TEXT_ENCODER_FOLDER, fingerprint
 from .importance import NO_FILE, imatrix_input, imatrix_path
 
@@ -43,17 +41,6 @@ def tensor_types_input() -> io.String.Input:
 
 def rules(tensor_types: str) -> list[str]:
     return [line.strip() for line in tensor_types.splitlines() if line.strip()]
-
-
-def shown_progress() -> Callable[[int, int], None]:
-    """A progress callback that moves the node's bar, and stops when the person interrupts."""
-    bar = comfy.utils.ProgressBar(1)
-
-    def report(done: int, total: int) -> None:
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        bar.update_absolute(done, total)
-
-    return report
 
 
 class AuraFlowGGUFConvert(io.ComfyNode):
@@ -101,6 +88,7 @@ class AuraFlowGGUFConvert(io.ComfyNode):
             ],
             outputs=[io.String.Output("path", tooltip="The file that was made.")],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -138,6 +126,7 @@ class AuraFlowGGUFConvert(io.ComfyNode):
             tokenizer=_tokenizer(),
             progress=shown_progress(),
         )
+        show_line(cls, str(target))
         return io.NodeOutput(str(target), ui=ui.PreviewText(str(target)))
 
 

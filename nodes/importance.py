@@ -14,6 +14,7 @@ from nodes import common_ksampler
 from ..loader.errors import ModelFileError
 from ..loader.modulation import without_cache
 from ..quantizer.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
+from .feedback import show_line
 
 NO_FILE = "none"
 _SUBFOLDER = "imatrix"
@@ -103,6 +104,7 @@ class AuraFlowGGUFImportance(io.ComfyNode):
             ],
             outputs=[io.Latent.Output(tooltip="What was sampled.")],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -134,4 +136,5 @@ class AuraFlowGGUFImportance(io.ComfyNode):
         )
         path = os.path.join(folder, f"{name}_{counter:05}_.gguf")
         write_imatrix(path, matrix)
+        show_line(cls, path)
         return io.NodeOutput(latent, ui=ui.PreviewText(path))

@@ -9,7 +9,7 @@ from comfy_api.latest import io
 
 from ..loader.errors import ModelFileError
 from ..quantizer.inspection import Description, describe, report, verify
-from .convert import shown_progress
+from .feedback import shown_progress
 from .folders import MODEL_FOLDER, TEXT_ENCODER_FOLDER, fingerprint
 
 _TEXT_ENCODERS = "text_encoders/"  # before the names of text encoders, which may be those of transformers too

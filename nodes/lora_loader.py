@@ -6,9 +6,9 @@ import logging
 
 import folder_paths
 from comfy_api.latest import io
-from server import PromptServer
 
 from ..loader.lora import load_lora
+from .feedback import show_line
 from .folders import fingerprint
 
 logger = logging.getLogger(__name__)
@@ -57,5 +57,5 @@ class AuraFlowLoraLoader(io.ComfyNode):
         path = folder_paths.get_full_path_or_raise(LORA_FOLDER, lora_name)
         patched, report = load_lora(model, path, strength)
         logger.log(logging.WARNING if report.unmatched else logging.INFO, "%s: %s", lora_name, report)
-        PromptServer.instance.send_progress_text(str(report), cls.hidden.unique_id)
+        show_line(cls, str(report))
         return io.NodeOutput(patched)

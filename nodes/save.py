@@ -17,7 +17,8 @@ from ..loader.quant_types.base import QuantType
 from ..loader.weights import DENSE_DTYPES
 from ..quantizer.checkpoint import Checkpoint
 from ..quantizer.recipe import recipe_for
-from .convert import rules, shown_progress, tensor_types_input, type_input
+from .convert import rules, tensor_types_input, type_input
+from .feedback import show_line, shown_progress
 from .importance import NO_FILE, imatrix_input, imatrix_path
 
 _PREFIX = "diffusion_model."
@@ -85,6 +86,7 @@ class AuraFlowGGUFSave(io.ComfyNode):
             ],
             outputs=[io.String.Output("path", tooltip="The file that was made.")],
             is_output_node=True,
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -102,4 +104,5 @@ class AuraFlowGGUFSave(io.ComfyNode):
         convert_checkpoint(
             ModelCheckpoint(model), target, recipe, name=name, imatrix=imatrix_file, progress=shown_progress()
         )
+        show_line(cls, target)
         return io.NodeOutput(target, ui=ui.PreviewText(target))

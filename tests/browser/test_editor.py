@@ -9,7 +9,7 @@ import pytest
 from auraflow_gguf.devtools import locales, templates
 from auraflow_gguf.devtools.browser import Editor
 from auraflow_gguf.devtools.quick import small
-from auraflow_gguf.devtools.random_models import cached_auraflow, cached_text_encoder
+from auraflow_gguf.devtools.random_models import cached_auraflow, cached_checkpoint, cached_text_encoder
 from auraflow_gguf.devtools.server import ROOT, Server, Workflow, load_workflow
 from playwright.sync_api import Locator, expect
 
@@ -176,6 +176,22 @@ def test_a_picture_is_made(editor: Editor) -> None:
         }"""
     )
     assert editor.page.evaluate("() => window.seen") == [[1, 2], [2, 2]]
+
+
+def test_the_path_of_a_converted_file_is_shown_at_the_node(editor: Editor, server: Server) -> None:
+    editor.load(graph_of("AuraFlowGGUFConvert"))
+    name = cached_checkpoint().name
+    editor.set_widgets(
+        "AuraFlowGGUFConvert",
+        source=f"diffusion_models/{name}",
+        type="Q8_0",
+        output_name="shown",
+        overwrite=True,
+    )
+    editor.page.evaluate("() => app.queuePrompt(0)")
+    made = server.base / "models" / "diffusion_models" / "shown.gguf"
+    expect(editor.page.get_by_text(str(made)).first).to_be_visible()
+    assert made.is_file()
 
 
 def test_a_bad_file_makes_a_red_node_with_a_sentence(editor: Editor) -> None:
