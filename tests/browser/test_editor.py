@@ -238,7 +238,8 @@ def test_the_inspector_shows_a_file(editor: Editor, server: Server, theme: str) 
     # the panel keeps its width beside the side panel of a selected node
     width = panel.evaluate("element => element.offsetWidth")
     assert width > 400
-    open_help(editor, "AuraFlowGGUFInspect")
+    editor.page.evaluate("() => app.canvas.selectItems(app.graph.nodes)")
+    expect(editor.page.get_by_text("check_numbers").first).to_be_visible()
     editor.frame()
     assert panel.evaluate("element => element.offsetWidth") == width
     editor.open(server.url, Comfy_ColorPalette="dark")
