@@ -215,7 +215,7 @@ def test_a_bad_file_makes_a_red_node_with_a_sentence(editor: Editor) -> None:
 
 @pytest.mark.parametrize("theme", ["dark", "light"])
 def test_the_inspector_shows_a_file(editor: Editor, server: Server, theme: str) -> None:
-    editor.open(server.url, Comfy_ColorPalette=theme)
+    editor.open(server.url, Comfy_ColorPalette=theme, Comfy_RightSidePanel_IsOpen=True)
     name = cached_auraflow().name
     editor.load(graph_of("AuraFlowGGUFInspect", name, theme == "dark"))
     editor.page.evaluate("() => app.queuePrompt(0)")
@@ -242,7 +242,7 @@ def test_the_inspector_shows_a_file(editor: Editor, server: Server, theme: str) 
     expect(editor.page.get_by_text("check_numbers").first).to_be_visible()
     editor.frame()
     assert panel.evaluate("element => element.offsetWidth") == width
-    editor.open(server.url, Comfy_ColorPalette="dark")
+    editor.open(server.url, Comfy_ColorPalette="dark", Comfy_RightSidePanel_IsOpen=False)
 
 
 def test_the_inspector_shows_a_text_encoder(editor: Editor) -> None:
