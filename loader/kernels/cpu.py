@@ -148,7 +148,7 @@ def _libgguf():
 
 def _in_large_pages(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """Memory for a dense weight; numpy asks Linux for large pages, which it can fill in a quarter of the time."""
-    return torch.from_numpy(np.empty((rows, columns * dtype.itemsize), dtype=np.uint8)).view(dtype)
+    return torch.from_numpy(np.empty(rows * columns * dtype.itemsize, dtype=np.uint8)).view(dtype).view(rows, columns)
 
 
 def _tile(elements: int) -> torch.Tensor:
@@ -167,8 +167,8 @@ def in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> N
     caller's mode.
     """
     threads = torch.get_num_threads()
-    rounds = -(-rows // (max(1, tile_rows) * threads))
-    tile_rows = -(-rows // (rounds * threads))  # as many for each thread: none waits for the last tile
+    rounds = max(1, -(-rows // (max(1, tile_rows) * threads)))
+    tile_rows = max(1, -(-rows // (rounds * threads)))  # as many for each thread: none waits for the last tile
     starts = iter(range(0, rows, tile_rows))
 
     def take_tiles() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 from auraflow_gguf.loader import native
 from auraflow_gguf.loader.kernels import cpu
+from auraflow_gguf.loader.native import build
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 
 from ..quant_types.blocks import FLOATS, random_blocks
@@ -52,8 +53,10 @@ def new_threads_number() -> int:
 
 @pytest.fixture(params=["c", "libgguf", "torch"])
 def engine(request, monkeypatch):
-    if request.param == "c" and native.function("dequantize.c", "dequantize_q6_k") is None:
-        pytest.skip("the C for CPUs is not compiled here")
+    if request.param == "c":
+        if build._compiler() is None:
+            pytest.skip("no C compiler here")
+        build.build()
     if request.param != "c":
         monkeypatch.setattr(native, "function", lambda file, name: None)
     if request.param == "torch":
@@ -108,6 +111,12 @@ def test_it_takes_tiles_for_all_threads_when_a_weight_is_small(threads):
     starts = []
     cpu.in_tiles(lambda start, stop: starts.append((start, stop)), rows=ROWS, tile_rows=1000)
     assert sorted(starts) == [(0, 15), (15, 30), (30, 43)]
+
+
+def test_no_rows(threads):
+    packed = random_rows("Q4_K")[:0]
+    assert cpu.linear(random_input(2), packed, QUANT_TYPES["Q4_K"], None).shape == (2, 0)
+    assert cpu.dequantize(packed, QUANT_TYPES["Q4_K"], torch.float32).shape == (0, COLUMNS)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -193,6 +202,7 @@ import dev
 dev.register_pack()
 import torch
 from auraflow_gguf.loader import native
+from auraflow_gguf.loader.native import build
 from auraflow_gguf.loader.kernels import cpu
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 torch.randn(8, 8) @ torch.randn(8, 8)
