@@ -148,7 +148,9 @@ def _libgguf():
 
 def _in_large_pages(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """Memory for a dense weight; numpy asks Linux for large pages, which it can fill in a quarter of the time."""
-    return torch.from_numpy(np.empty(rows * columns * dtype.itemsize, dtype=np.uint8)).view(dtype).view(rows, columns)
+    if rows == 0:  # which torch does not take from numpy as another dtype
+        return torch.empty(0, columns, dtype=dtype)
+    return torch.from_numpy(np.empty((rows, columns * dtype.itemsize), dtype=np.uint8)).view(dtype)
 
 
 def _tile(elements: int) -> torch.Tensor:
