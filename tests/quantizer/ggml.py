@@ -17,8 +17,13 @@ import numpy as np
 from auraflow_gguf.devtools.cache import cache_folder, locked
 from auraflow_gguf.loader.quant_types import QuantType
 
-PACKAGE, VERSION = "@node-llama-cpp/linux-x64", "3.22.1"
-SHA256 = "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0"
+PACKAGE = "@node-llama-cpp/linux-x64"
+NEWEST = "3.22.1"  # with ggml 0.25.1
+BEFORE_FASTER_IQ1_M = "3.21.1"  # with ggml 0.23.0, the last before https://github.com/ggml-org/llama.cpp/pull/28706
+SHA256 = {
+    NEWEST: "0d953e1503d5ab4608d8ed5b739132308c81ac05ffeb760d2a7f30e08a9f90e0",
+    BEFORE_FASTER_IQ1_M: "4b5b65a8b2611d8af94349b02d815c0f424a30a0a19aef2be5db25ecfef6730f",
+}
 LIBRARY = "package/bins/linux-x64/libggml-base.so"
 
 
@@ -122,42 +127,34 @@ class Ggml:
         return function(*(ctypes.c_int64(item) if isinstance(item, int) else item for item in arguments))
 
 
-def load() -> Ggml:
-    """The library, fetched with npm if it is not in the cache folder yet.
+def load(version: str = NEWEST) -> Ggml:
+    """The library of a version of the package, fetched with npm if it is not in the cache folder yet.
 
     Raises:
         Unavailable: there is no such library for this platform, no npm, or npm cannot fetch it.
     """
     if sys.platform != "linux" or platform.machine() != "x86_64":
         raise Unavailable(f"{PACKAGE} has ggml for Linux on x86-64, not for {platform.platform()}")
-    folder = cache_folder() / "ggml" / VERSION
-    with locked(folder.with_name(f"{VERSION}.lock")):
+    folder = cache_folder() / "ggml" / version
+    with locked(folder.with_name(f"{version}.lock")):
         if not (folder / LIBRARY).exists():
-            _fetch(folder)
+            _fetch(version, folder)
     return Ggml(folder / LIBRARY)
 
 
-def _fetch(folder: Path) -> None:
+def _fetch(version: str, folder: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise Unavailable("npm is not installed, which fetches ggml's library")
     with TemporaryDirectory(dir=folder.parent) as temporary:
-        command = [
-            npm,
-            "pack",
-            "--silent",
-            "--fetch-retries",
-            "1",
-            "--pack-destination",
-            temporary,
-            f"{PACKAGE}@{VERSION}",
-        ]
+        options = ["--silent", "--fetch-retries", "1", "--pack-destination", temporary]
+        command = [npm, "pack", *options, f"{PACKAGE}@{version}"]
         result = subprocess.run(command, capture_output=True, text=True, cwd=temporary)
         if result.returncode:
-            raise Unavailable(f"npm could not fetch {PACKAGE} {VERSION}: {result.stderr.strip()}")
+            raise Unavailable(f"npm could not fetch {PACKAGE} {version}: {result.stderr.strip()}")
         (archive,) = Path(temporary).glob("*.tgz")
-        if hashlib.sha256(archive.read_bytes()).hexdigest() != SHA256:
-            raise RuntimeError(f"{PACKAGE} {VERSION} is not the package that it was")
+        if hashlib.sha256(archive.read_bytes()).hexdigest() != SHA256[version]:
+            raise RuntimeError(f"{PACKAGE} {version} is not the package that it was")
         with tarfile.open(archive) as tar:
             tar.extract(LIBRARY, Path(temporary) / "unpacked")
         (Path(temporary) / "unpacked").replace(folder)
