@@ -27,7 +27,7 @@ from ..loader.auraflow import AURAFLOW
 from ..loader.quant_types.base import QuantType
 from ..quantizer.checkpoint import open_checkpoint
 from ..quantizer.recipe import RECIPES
-from ..tests.quantizer import ggml
+from ..tests import ggml
 from .measure import Ratio, seconds
 
 TYPE = "Q4_K_M"

@@ -101,6 +101,11 @@ def q1_0(block, table):
 
 
 @triton.jit
+def q2_0(block, table):
+    return _scaled(_half(block)[:, None], _fields(block + 2, 16, 2) - 1)
+
+
+@triton.jit
 def q4_0(block, table):
     return _scaled(_half(block)[:, None], _planes(block + 2, 1, 16, 4) - 8)
 

@@ -39,6 +39,7 @@ class Formula(NamedTuple):
 
 FORMULAS = {
     "Q1_0": Formula(formulas.q1_0),
+    "Q2_0": Formula(formulas.q2_0),
     "Q4_0": Formula(formulas.q4_0),
     "Q4_1": Formula(formulas.q4_1),
     "Q5_0": Formula(formulas.q5_0),

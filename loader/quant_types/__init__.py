@@ -26,6 +26,7 @@ from .iq4 import dequantize_iq4_nl, dequantize_iq4_xs
 from .k_quants import dequantize_q2_k, dequantize_q3_k, dequantize_q4_k, dequantize_q5_k, dequantize_q6_k
 from .legacy import (
     dequantize_q1_0,
+    dequantize_q2_0,
     dequantize_q4_0,
     dequantize_q4_1,
     dequantize_q5_0,
@@ -68,6 +69,7 @@ TYPES_BY_ID: Mapping[int, QuantType] = {
         QuantType("MXFP4", 39, 32, 17, dequantize_mxfp4),
         QuantType("NVFP4", 40, 64, 36, dequantize_nvfp4),
         QuantType("Q1_0", 41, 128, 18, dequantize_q1_0),
+        QuantType("Q2_0", 42, 64, 18, dequantize_q2_0),
     )
 }
 

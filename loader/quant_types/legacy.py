@@ -1,4 +1,4 @@
-"""The types with one scale for a block of 32 weights (Q1_0: 128), and sometimes a minimum.
+"""The types with one scale for a block of 32 weights (Q1_0: 128, Q2_0: 64), and sometimes a minimum.
 
 ``d`` and ``m`` are 16-bit floats. The low nibbles of ``qs`` hold the first half of the block, the high ones the second;
 bit *i* of ``qh`` is the fifth bit of weight *i*. Bytes and formulas are those of ``block_*`` and
@@ -18,6 +18,12 @@ def dequantize_q1_0(blocks: torch.Tensor) -> torch.Tensor:
     d, qs = blocks.split((2, 16), dim=1)
     signs = lookup(byte_signs(blocks.device), qs).view(torch.int8)
     return -halves(d) * signs
+
+
+def dequantize_q2_0(blocks: torch.Tensor) -> torch.Tensor:
+    """18 bytes, 64 weights: ``d[2] qs[16]``, four weights in a byte; ``x = d (q - 1)``."""
+    d, qs = blocks.split((2, 16), dim=1)
+    return multiply(halves(d), fields(qs, 2).flatten(1).view(torch.int8).sub_(1))
 
 
 def dequantize_q4_0(blocks: torch.Tensor) -> torch.Tensor:

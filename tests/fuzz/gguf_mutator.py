@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-import gguf
 from auraflow_gguf.loader import gguf_file
 from auraflow_gguf.loader.errors import ModelFileError
 from auraflow_gguf.loader.gguf_file import GGUFFile, open_gguf
@@ -272,9 +271,8 @@ def _check_tensors(file: GGUFFile, folder: Path) -> None:
         elements = 1
         for size in info.shape:
             elements *= size
-        block_size, type_size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(info.type.id)]
-        assert info.shape[-1] % block_size == 0
-        assert info.nbytes == elements // block_size * type_size
+        assert info.shape[-1] % info.type.block_size == 0
+        assert info.nbytes == elements // info.type.block_size * info.type.type_size
         content = (folder / PART_NAMES[info.part]).read_bytes()
         assert info.offset + info.nbytes <= len(content)
         assert file.packed(name).numpy().tobytes() == content[info.offset : info.offset + info.nbytes]

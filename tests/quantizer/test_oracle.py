@@ -13,7 +13,7 @@ from auraflow_gguf.quantizer.quantize import IN_C, quantize
 from auraflow_gguf.quantizer.recipe import NEEDS_IMATRIX, RECIPES
 from safetensors.torch import save_file
 
-from . import ggml
+from .. import ggml
 from .small_model import FIXED, native_weights
 
 WRITABLE = [name for name in RECIPES if name in QUANT_TYPES]

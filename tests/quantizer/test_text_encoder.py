@@ -16,7 +16,7 @@ from auraflow_gguf.quantizer.recipe import RECIPES, recipe_for
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer
 
-from . import ggml
+from .. import ggml
 from .small_model import native_weights
 
 SIZES = {"embedding_length": 256, "feed_forward_length": 512, "head_count": 4, "vocabulary_size": 320, STACK: 2}

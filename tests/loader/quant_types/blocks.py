@@ -9,6 +9,7 @@ QUANTIZED = [name for name in QUANT_TYPES if name not in FLOATS]
 # Where a block keeps its 16-bit float scales.
 SCALES = {
     "Q1_0": (0,),
+    "Q2_0": (0,),
     "Q4_0": (0,),
     "Q4_1": (0, 2),
     "Q5_0": (0,),

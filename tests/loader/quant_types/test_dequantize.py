@@ -1,4 +1,4 @@
-"""Dequantization against ggml's C (libgguf) and gguf-py, bit by bit."""
+"""Dequantization against ggml's C (libgguf, and llama.cpp's library) and gguf-py, bit by bit."""
 
 import gguf
 import libgguf
@@ -7,13 +7,23 @@ import pytest
 import torch
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 
+from ... import ggml
 from .blocks import FLOATS, NON_FINITE_SCALES, QUANTIZED, SCALES, random_blocks
 
-IN_GGUF_PY = [name for name in QUANTIZED if name != "Q1_0"]
+IN_GGUF_PY = [name for name in QUANTIZED if name not in ("Q1_0", "Q2_0")]
 
 
 def by_ggml(name, packed):
+    if name == "Q2_0":  # is newer than libgguf
+        return torch.from_numpy(llama_cpps().dequantize(np.ascontiguousarray(packed), QUANT_TYPES[name]))
     return torch.from_numpy(libgguf.dequantize_rows(packed, QUANT_TYPES[name].id))
+
+
+def llama_cpps():
+    try:
+        return ggml.load()
+    except ggml.Unavailable as reason:
+        pytest.skip(str(reason))
 
 
 def by_gguf_py(name, packed):
@@ -70,7 +80,10 @@ def test_every_small_float_scale(name, scale_bytes):
 @pytest.mark.parametrize("name", [name for name in QUANTIZED if name not in ("IQ1_S", "IQ1_M", "IQ2_XS", "IQ2_S")])
 def test_quantized_weights(name):
     weights = np.random.default_rng(2).normal(0, 0.02, (3, 512)).astype(np.float32)
-    packed = libgguf.quantize_rows(weights, QUANT_TYPES[name].id)
+    if name == "Q2_0":
+        packed = llama_cpps().quantize(weights, QUANT_TYPES[name])
+    else:
+        packed = libgguf.quantize_rows(weights, QUANT_TYPES[name].id)
     ours = dequantize(name, packed)
     assert_same_bits(ours, by_ggml(name, packed))
     assert torch.corrcoef(torch.stack((ours.flatten(), torch.from_numpy(weights).flatten())))[0, 1] > 0.7

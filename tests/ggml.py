@@ -1,4 +1,4 @@
-"""ggml's own quantizer and reader: the prebuilt library in an npm package, fetched once into the cache folder."""
+"""ggml itself: the prebuilt library in an npm package, fetched once into the cache folder."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ class _Tensor(ctypes.Structure):
 
 
 class Ggml:
-    """``ggml_quantize_chunk`` and ``gguf_init_from_file`` of a ggml library."""
+    """``ggml_quantize_chunk``, ``dequantize_row_*`` and ``gguf_init_from_file`` of a ggml library."""
 
     def __init__(self, library: Path):
         self._library = ctypes.CDLL(str(library))
@@ -84,6 +84,14 @@ class Ggml:
         size = self._quantize_chunk(quant_type.id, rows.ctypes.data, packed.ctypes.data, 0, n_rows, columns, importance)
         assert size == packed.nbytes
         return packed
+
+    def dequantize(self, packed: np.ndarray, quant_type: QuantType) -> np.ndarray:
+        """``(…, columns in blocks) uint8`` → ``(…, columns) float32``, by ``dequantize_row_*``."""
+        columns = packed.shape[-1] // quant_type.type_size * quant_type.block_size
+        weights = np.empty((*packed.shape[:-1], columns), np.float32)
+        source, target = (ctypes.c_void_p(array.ctypes.data) for array in (packed, weights))
+        self._call(f"dequantize_row_{quant_type.name.lower()}", source, target, weights.size, returns=None)
+        return weights
 
     def read(self, path: Path) -> Contents:
         """What llama.cpp finds in a GGUF file.
