@@ -15,7 +15,11 @@ from .feedback import show_line, shown_progress
 from .folders import MODEL_FOLDER, TEXT_ENCODER_FOLDER, fingerprint
 from .importance import NO_FILE, imatrix_input, imatrix_path
 
-_SOURCE_FOLDERS = ("diffusion_models", "checkpoints", "text_encoders", MODEL_FOLDER, TEXT_ENCODER_FOLDER)
+_SOURCE_FOLDERS = {  # ComfyUI's keys of what is in each
+    "diffusion_models": ("diffusion_models", MODEL_FOLDER),
+    "checkpoints": ("checkpoints",),
+    "text_encoders": ("text_encoders", TEXT_ENCODER_FOLDER),
+}
 _TARGET_FOLDERS = {"transformer": "diffusion_models", "text_encoder": "text_encoders"}
 _AUTO = "auto"
 
@@ -58,11 +62,7 @@ class AuraFlowGGUFConvert(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "source",
-                    options=[
-                        f"{folder}/{name}"
-                        for folder in _SOURCE_FOLDERS
-                        for name in folder_paths.get_filename_list(folder)
-                    ],
+                    options=_sources(),
                     tooltip="A checkpoint in any spelling; of a sharded one, any part.",
                 ),
                 type_input(),
@@ -93,8 +93,7 @@ class AuraFlowGGUFConvert(io.ComfyNode):
 
     @classmethod
     def fingerprint_inputs(cls, source: str, **kwargs) -> str:
-        folder, _, name = source.partition("/")
-        return f"{fingerprint(folder, name)} {sorted(kwargs.items())}"
+        return f"{fingerprint(*_located(source))} {sorted(kwargs.items())}"
 
     @classmethod
     def execute(
@@ -109,10 +108,7 @@ class AuraFlowGGUFConvert(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..quantizer.convert import convert, model_name, part_in  # needs libgguf, the other nodes do not
 
-        folder, _, name = source.partition("/")
-        if folder not in _SOURCE_FOLDERS:
-            raise ValueError(f"{source} is in none of the folders {', '.join(_SOURCE_FOLDERS)}.")
-        path = folder_paths.get_full_path_or_raise(folder, name)
+        path = folder_paths.get_full_path_or_raise(*_located(source))
         part = part_in(path) if part == _AUTO else part
         target = _target(output_name or f"{model_name(path)}-{type}", _TARGET_FOLDERS[part])
         convert(
@@ -128,6 +124,26 @@ class AuraFlowGGUFConvert(io.ComfyNode):
         )
         show_line(cls, str(target))
         return io.NodeOutput(str(target), ui=ui.PreviewText(str(target)))
+
+
+def _sources() -> list[str]:
+    """The choices: a folder of ``models`` with the name of a file in it."""
+    names = (
+        f"{folder}/{name}"
+        for folder, keys in _SOURCE_FOLDERS.items()
+        for key in keys
+        for name in folder_paths.get_filename_list(key)
+    )
+    return list(dict.fromkeys(names))  # other packs list GGUF files under both keys
+
+
+def _located(source: str) -> tuple[str, str]:
+    """ComfyUI's key of the folder that a choice is in, and its name there."""
+    folder, _, name = source.partition("/")
+    if folder not in _SOURCE_FOLDERS:
+        raise ValueError(f"{source} is in none of the folders {', '.join(_SOURCE_FOLDERS)}.")
+    keys = _SOURCE_FOLDERS[folder]
+    return next((key for key in keys if name in folder_paths.get_filename_list(key)), keys[0]), name
 
 
 def _tokenizer() -> Path:

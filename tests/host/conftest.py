@@ -38,6 +38,14 @@ def host() -> Host:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _gguf_folders() -> None:
+    """What the pack's on_load does in a server; what else it does wants one, see test_server.py."""
+    from auraflow_gguf.nodes.folders import register_gguf_folders
+
+    register_gguf_folders()
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _inference_mode() -> Iterator[None]:
     """ComfyUI executes nodes inside ``torch.inference_mode()``."""
     with torch.inference_mode():

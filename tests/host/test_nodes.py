@@ -20,7 +20,6 @@ from .aura_files import make_gguf
 def pack_nodes():
     async def load():
         extension = await comfy_entrypoint()
-        register_gguf_folders()  # what on_load does besides wants a server: see test_server.py
         return await extension.get_node_list()
 
     return {node.GET_SCHEMA().node_id: node for node in asyncio.run(load())}

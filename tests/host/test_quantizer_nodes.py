@@ -134,6 +134,29 @@ def test_a_checkpoint_is_converted(models):
         AuraFlowGGUFConvert.execute(source, "Q8_0", output_name="auraflow-Q4_0.gguf")
 
 
+def test_a_gguf_file_is_a_source_by_the_folder_it_is_in(models, tmp_path, monkeypatch):
+    packed = AuraFlowGGUFConvert.execute(f"diffusion_models/{CHECKPOINT}", "Q8_0").args[0]
+    elsewhere = tmp_path / "of another pack"
+    elsewhere.mkdir()
+    os.replace(packed, elsewhere / "packed.gguf")
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "unet_gguf", ([str(models), str(elsewhere)], {".gguf"}))
+    folder_paths.filename_list_cache.clear()
+    options = AuraFlowGGUFConvert.define_schema().inputs[0].options
+    source = "diffusion_models/packed.gguf"
+    assert [name for name in options if name.startswith("diffusion_models/")] == [
+        f"diffusion_models/{CHECKPOINT}",
+        source,
+    ]
+    before = AuraFlowGGUFConvert.fingerprint_inputs(source, type="Q4_0")
+    target = AuraFlowGGUFConvert.execute(source, "Q4_0").args[0]
+    assert target == str(models / "packed-Q4_0.gguf")
+    assert packed_bytes(target)["single_layers.0.attn.w1q.weight"][0] == "Q4_0"
+    os.utime(elsewhere / "packed.gguf", (0, 0))
+    assert AuraFlowGGUFConvert.fingerprint_inputs(source, type="Q4_0") != before
+    with pytest.raises(FileNotFoundError, match="absent"):
+        AuraFlowGGUFConvert.execute("diffusion_models/absent.gguf", "Q4_0")
+
+
 def test_a_text_encoder_is_converted_into_its_folder_with_comfyuis_tokenizer(tmp_path, monkeypatch):
     expected = packed_bytes(make_text_encoder_gguf("Q8_0"))
     (tmp_path / "t5.safetensors").symlink_to(make_text_encoder_checkpoint())
