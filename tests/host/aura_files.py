@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType, SimpleNamespace
 
@@ -73,7 +74,15 @@ def _made(name: str, make: Callable[[Path], None]) -> Path:
             partial.unlink(missing_ok=True)
             make(partial)
             partial.replace(target)
+            _remove_older(folder.glob(f"{name.rsplit('.', 2)[0]}.*{target.suffix}"))
     return target
+
+
+def _remove_older(versions: Iterable[Path], keep: int = 2) -> None:
+    """Files of a hundred MB and more, of earlier code: another clone may use the last of them at this moment."""
+    for path in sorted(versions, key=lambda path: path.stat().st_mtime)[:-keep]:
+        with suppress(OSError):  # Windows does not remove what is open
+            path.unlink()
 
 
 @functools.cache
