@@ -20,6 +20,7 @@ def main(arguments: list[str], hosts: list[Host]) -> int:
     parser.add_argument("--vae", type=_file, help="SDXL's VAE (else: random weights)")
     parser.add_argument("--prompt", help="what to paint")
     parser.add_argument("--steps", type=int, default=4, help="of the sampler, default 4; real models want 20 or more")
+    parser.add_argument("--size", type=int, default=512, help="pixels of a side, default 512; real models want 1024")
     options = parser.parse_args(arguments)
     output = cache_folder() / "output"
     output.mkdir(parents=True, exist_ok=True)
@@ -50,7 +51,7 @@ def _in_comfyui(host: Host, options: argparse.Namespace, output: Path) -> int:
     set_inputs(workflow, "AuraFlowGGUFLoader", model_name=model.name)
     set_text_encoder(workflow, text_encoder)
     set_inputs(workflow, "VAELoader", vae_name=vae.name)
-    set_inputs(workflow, "EmptyLatentImage", width=512, height=512)
+    set_inputs(workflow, "EmptyLatentImage", width=options.size, height=options.size)
     set_inputs(workflow, "KSampler", steps=options.steps)
     if options.prompt:
         workflow["positive"]["inputs"]["text"] = options.prompt

@@ -75,26 +75,26 @@ def _write(writer: gguf.GGUFWriter) -> None:
 def test_text_to_image(server: Server) -> None:
     steps = []
     workflow = text_to_image(random_models.cached_auraflow().name)
-    set_inputs(workflow, "EmptyLatentImage", width=512, height=512)
+    set_inputs(workflow, "EmptyLatentImage", width=256, height=256)
     set_inputs(workflow, "KSampler", steps=2)
     (path,) = server.prompt(workflow, lambda node, step, steps_in_all: steps.append((node, step, steps_in_all)))
     assert steps == [("KSampler", 1, 2), ("KSampler", 2, 2)]
     with Image.open(path) as image:
         assert image.format == "PNG"
-        assert image.size == (512, 512)
+        assert image.size == (256, 256)
         assert np.asarray(image).std() > 10
     log = server.log.read_text(encoding="utf-8", errors="replace")
     assert not re.search(r"clip missing|unet missing|Missing VAE keys", log)
 
 
 def test_the_demo_makes_a_picture(host: Host) -> None:
-    command = [sys.executable, "dev.py", dev.INSIDE, "demo", "--steps", "1"]
+    command = [sys.executable, "dev.py", dev.INSIDE, "demo", "--steps", "1", "--size", "256"]
     environment = {**os.environ, "COMFYUI_PATH": str(host.path)}
     ran = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "KSampler 1/1" in ran.stdout
     with Image.open(ran.stdout.split("\n")[-2]) as image:
-        assert image.size == (512, 512)
+        assert image.size == (256, 256)
 
 
 def test_a_lora_in_a_spelling_that_the_host_drops(server: Server) -> None:
