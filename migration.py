@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -72,24 +73,37 @@ def migrate_file(source: str | os.PathLike, target: str | os.PathLike, *, overwr
     Raises:
         ModelFileError: ``source`` is no workflow, or ``target`` exists.
     """
-    with open(source, encoding="utf-8") as file:
+    with open(source, encoding="utf-8-sig") as file:
         try:
             workflow = json.load(file)
-        except ValueError as error:
+        except UnicodeDecodeError as error:
+            raise _no_workflow(source, "no text") from error
+        except (ValueError, RecursionError) as error:
             raise _no_workflow(source, f"no JSON ({error})") from error
     changes = migrate(workflow, source)
     if changes:
-        try:
-            with open(target, "w" if overwrite else "x", encoding="utf-8") as file:
-                json.dump(workflow, file, indent=2, ensure_ascii=False)
-        except FileExistsError as error:
-            raise ModelFileError(
-                target,
-                found="a file of that name",
-                expected="none",
-                advice="Choose another name (--output), or allow it to be replaced (--overwrite).",
-            ) from error
+        _write(target, workflow, overwrite)
     return changes
+
+
+def _write(target: str | os.PathLike, workflow: Json, overwrite: bool) -> None:
+    if os.path.lexists(target) and not overwrite:
+        raise ModelFileError(
+            target,
+            found="a file of that name",
+            expected="none",
+            advice="Choose another name (--output), or allow it to be replaced (--overwrite).",
+        )
+    # JavaScript may cut an emoji in half, which JSON can say with an escape only.
+    content = json.dumps(workflow, indent=2, ensure_ascii=False).encode("utf-8", "backslashreplace")
+    temporary = f"{os.fspath(target)}.{secrets.token_hex(4)}.partial"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(content)
+        os.replace(temporary, target)
+    finally:
+        if os.path.exists(temporary):
+            os.unlink(temporary)
 
 
 def migrate(workflow: object, path: str | os.PathLike = "workflow") -> list[str]:
@@ -97,14 +111,28 @@ def migrate(workflow: object, path: str | os.PathLike = "workflow") -> list[str]
 
     Args:
         workflow: in editor format, ``{"nodes": [...], ...}`` with subgraphs, or in API format,
-            ``{id: {"class_type": ..., "inputs": ...}}``.
+            ``{id: {"class_type": ..., "inputs": ...}}``, alone or as ``prompt`` of a request.
         path: for the error message.
     """
-    if isinstance(workflow, dict) and isinstance(workflow.get("nodes"), list):
+    if isinstance(workflow, dict) and all(map(_has_nodes, _graphs(workflow))):
         return list(_migrate_editor(workflow))
     if isinstance(workflow, dict) and workflow and all(_is_prompt_node(node) for node in workflow.values()):
         return list(_migrate_prompt(workflow))
+    if isinstance(workflow, dict) and isinstance(workflow.get("prompt"), dict):
+        return migrate(workflow["prompt"], path)
     raise _no_workflow(path, "other JSON")
+
+
+def _graphs(workflow: Json) -> list[Json]:
+    """A workflow in editor format and the subgraphs that it defines."""
+    definitions = workflow.get("definitions")
+    subgraphs = definitions.get("subgraphs") if isinstance(definitions, dict) else None
+    return [workflow, *(subgraphs or [])]
+
+
+def _has_nodes(graph: object) -> bool:
+    nodes = graph.get("nodes") if isinstance(graph, dict) else None
+    return isinstance(nodes, list) and all(isinstance(node, dict) and {"type", "id"} <= node.keys() for node in nodes)
 
 
 def _is_prompt_node(node: object) -> bool:
@@ -137,9 +165,9 @@ def _migrate_prompt(workflow: Json) -> Iterator[str]:
 
 
 def _migrate_editor(workflow: Json) -> Iterator[str]:
-    subgraphs = workflow.get("definitions", {}).get("subgraphs", [])
+    graphs = _graphs(workflow)
     renamed: dict[str, dict[str, dict[str, str]]] = {}  # subgraph → node in it → its inputs' new names
-    for graph in (workflow, *subgraphs):
+    for graph in graphs:
         for node in graph["nodes"]:
             replacement = REPLACEMENTS.get(node["type"])
             if replacement is None:
@@ -151,11 +179,18 @@ def _migrate_editor(workflow: Json) -> Iterator[str]:
                 yield f"{old} {number} stays: {refusal}"
                 continue
             _replace(node, replacement, values)
+            _relink(graph, node)
             renamed.setdefault(graph.get("id", ""), {})[str(number)] = replacement.inputs
             yield f"{old} {number} becomes {replacement.new}"
-    for graph in (workflow, *subgraphs):
-        for node in graph["nodes"]:
-            _rename_proxies(node, renamed.get(node["type"], {}))
+    followed = False
+    while not followed:  # a subgraph may show a widget of a subgraph in it
+        followed = True
+        for graph in graphs:
+            for node in graph["nodes"]:
+                if changed := _rename_proxies(node, renamed.get(node["type"], {})):
+                    in_graph = renamed.setdefault(graph.get("id", ""), {})
+                    in_graph[str(node["id"])] = in_graph.get(str(node["id"]), {}) | changed
+                    followed = False
 
 
 def _refusal(replacement: Replacement, values: Json) -> str | None:
@@ -182,15 +217,39 @@ def _replace(node: Json, replacement: Replacement, values: Json) -> None:
             slot["widget"] = {**slot["widget"], "name": slot["name"]}
         slot.pop("localized_name", None)
         slot.pop("label", None)
-    properties = node.setdefault("properties", {})
+    properties = node["properties"] = node.get("properties") or {}
     for key in _ORIGIN:
         properties.pop(key, None)
     if properties.get("Node name for S&R") == old:
         properties["Node name for S&R"] = replacement.new
 
 
-def _rename_proxies(node: Json, renamed: dict[str, dict[str, str]]) -> None:
+def _relink(graph: Json, node: Json) -> None:
+    """Remove the links into inputs that the node has no more, and give the others the inputs' new positions."""
+    positions = {slot["link"]: index for index, slot in enumerate(node["inputs"]) if slot.get("link") is not None}
+    kept, gone = [], set()
+    for link in graph.get("links") or []:
+        # subgraphs have links as objects, workflows as lists: id, origin, its slot, target, its slot, type
+        number, target, slot = ("id", "target_id", "target_slot") if isinstance(link, dict) else (0, 3, 4)
+        if link[target] == node["id"]:
+            if link[number] not in positions:
+                gone.add(link[number])
+                continue
+            link[slot] = positions[link[number]]
+        kept.append(link)
+    graph["links"] = kept
+    outputs = [slot for other in graph["nodes"] for slot in other.get("outputs") or []]
+    for slots, key in ((outputs, "links"), (graph.get("inputs") or [], "linkIds")):
+        for slot in slots:
+            if slot.get(key):
+                slot[key] = [number for number in slot[key] if number not in gone]
+
+
+def _rename_proxies(node: Json, renamed: dict[str, dict[str, str]]) -> dict[str, str]:
     """A subgraph's node shows widgets of nodes inside, ``[node, widget]``: follow those that have a new name."""
-    for proxy in node.get("properties", {}).get("proxyWidgets", []):
+    changed: dict[str, str] = {}
+    for proxy in (node.get("properties") or {}).get("proxyWidgets") or []:
         inside, widget = str(proxy[0]), proxy[1]
-        proxy[1] = renamed.get(inside, {}).get(widget, widget)
+        if (name := renamed.get(inside, {}).get(widget, widget)) != widget:
+            proxy[1] = changed[widget] = name
+    return changed

@@ -71,6 +71,55 @@ def test_a_graph_with_a_subgraph():
     assert graph["nodes"][1] == kept
 
 
+def test_links_into_inputs_that_fall_away_are_removed():
+    node = editor_node(
+        3, "UnetLoaderGGUFAdvanced", ["v7.gguf", "float32", "default", False], "dequant_dtype", "unet_name"
+    )
+    for link, slot in enumerate(node["inputs"], start=10):
+        slot["link"] = link
+    primitives = [{"id": 1, "type": "PrimitiveNode", "outputs": [{"links": [10]}]}]
+    primitives += [{"id": 2, "type": "PrimitiveNode", "outputs": [{"links": [11]}]}]
+    links = [[1, 3, 0, 4, 0, "MODEL"], [10, 1, 0, 3, 0, "COMBO"], [11, 2, 0, 3, 1, "COMBO"]]
+    graph = {"nodes": [*primitives, node], "links": links}
+    migrate(graph)
+    assert [(slot["name"], slot["link"]) for slot in node["inputs"]] == [("model_name", 11)]
+    assert graph["links"] == [[1, 3, 0, 4, 0, "MODEL"], [11, 2, 0, 3, 0, "COMBO"]]
+    assert [primitive["outputs"][0]["links"] for primitive in primitives] == [[], [11]]
+
+
+def test_links_in_a_subgraph_whose_inputs_fall_away_are_removed():
+    node = editor_node(7, "CLIPLoaderGGUF", ["t5.gguf", "stable_diffusion"], "type", "clip_name")
+    node["inputs"][0]["link"], node["inputs"][1]["link"] = 1, 2
+    links = [
+        {"id": 1, "origin_id": -10, "origin_slot": 0, "target_id": 7, "target_slot": 0, "type": "COMBO"},
+        {"id": 2, "origin_id": -10, "origin_slot": 1, "target_id": 7, "target_slot": 1, "type": "COMBO"},
+    ]
+    inside = {"id": "abc", "nodes": [node], "links": links, "inputs": [{"linkIds": [1]}, {"linkIds": [2]}]}
+    migrate({"nodes": [], "definitions": {"subgraphs": [inside]}})
+    assert inside["links"] == [links[1] | {"target_slot": 0}]
+    assert inside["inputs"] == [{"linkIds": []}, {"linkIds": [2]}]
+
+
+def test_a_widget_shown_through_two_subgraphs():
+    loader = editor_node(7, "UnetLoaderGGUF", ["v7.gguf"], "unet_name")
+    inner = {"id": 6, "type": "inner", "properties": {"proxyWidgets": [["7", "unet_name"]]}}
+    outer = {"id": 5, "type": "outer", "properties": {"proxyWidgets": [["6", "unet_name"]]}}
+    subgraphs = [{"id": "outer", "nodes": [inner]}, {"id": "inner", "nodes": [loader]}]
+    migrate({"nodes": [outer], "definitions": {"subgraphs": subgraphs}})
+    assert inner["properties"]["proxyWidgets"] == [["7", "model_name"]]
+    assert outer["properties"]["proxyWidgets"] == [["6", "model_name"]]
+
+
+def test_what_other_programs_leave_out():
+    node = editor_node(1, "UnetLoaderGGUF", ["v7.gguf"], "unet_name") | {"properties": None, "outputs": None}
+    assert migrate({"nodes": [node], "definitions": None, "links": None}) == [
+        "UnetLoaderGGUF 1 becomes AuraFlowGGUFLoader"
+    ]
+    request = {"prompt": copy.deepcopy(PROMPT), "client_id": "x"}
+    assert len(migrate(request)) == 2
+    assert request["prompt"]["1"]["class_type"] == "AuraFlowGGUFLoader"
+
+
 def test_a_text_encoder_of_another_model_stays():
     node = editor_node(1, "CLIPLoaderGGUF", ["umt5.gguf", "wan"], "clip_name", "type")
     before = copy.deepcopy(node)
@@ -78,7 +127,7 @@ def test_a_text_encoder_of_another_model_stays():
     assert node == before
 
 
-@pytest.mark.parametrize("other", [[], {}, {"nodes": 1}, {"1": {"class_type": "X"}}, 5])
+@pytest.mark.parametrize("other", [[], {}, {"nodes": 1}, {"nodes": [{"type": "X"}]}, {"1": {"class_type": "X"}}, 5])
 def test_other_json_is_refused(other):
     with pytest.raises(ModelFileError, match="found other JSON, expected a workflow of ComfyUI"):
         migrate(other)
@@ -96,6 +145,14 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert cli.main(["migrate", "flow.json", "--overwrite"]) == 0
     assert cli.main(["migrate", "flow-auraflow.json", "--output", "again.json"]) == 0
     assert not Path("again.json").exists()
+    half_an_emoji = PROMPT | {"5": {"class_type": "Note", "inputs": {"text": "\ud83d 猫"}}}
+    Path("emoji.json").write_text("\ufeff" + json.dumps(half_an_emoji), encoding="utf-8")
+    assert cli.main(["migrate", "emoji.json", "--output", "emoji.json", "--overwrite"]) == 0
+    assert json.loads(Path("emoji.json").read_text(encoding="utf-8"))["5"] == half_an_emoji["5"]
+    assert "猫" in Path("emoji.json").read_text(encoding="utf-8")
+    Path("picture.json").write_bytes(b"\x89PNG\r\n\xff\xfe")
+    assert cli.main(["migrate", "picture.json"]) == 1
+    assert "picture.json: found no text" in capsys.readouterr().err
     Path("page.json").write_text("<!DOCTYPE html>")
     assert cli.main(["migrate", "page.json"]) == 1
     assert "page.json: found no JSON" in capsys.readouterr().err
