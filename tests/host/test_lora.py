@@ -109,12 +109,61 @@ def test_modules_that_the_model_lacks_are_named(packed, shapes, tmp_path):
     assert str(report) == "matched 4 of 5 modules; not in this model: lycoris_single_layers_7_attn_w1q"
 
 
+def test_a_flux_lora_is_not_applied_to_the_modules_of_the_same_name(packed, tmp_path):
+    modules = ("single_transformer_blocks.0.attn.to_k", "single_transformer_blocks.0.proj_mlp")
+    tensors = {f"transformer.{name}.lora_{letter}.weight": torch.zeros(3072, 4) for name in modules for letter in "AB"}
+    save_file(tensors, tmp_path / "flux.safetensors")
+    with pytest.raises(ModelFileError, match=r"found a Flux or Chroma LoRA \(.*proj_mlp\).*are another model's"):
+        load_lora(packed, tmp_path / "flux.safetensors", 1.0)
+
+
+def test_an_adapter_of_any_name_and_what_is_not_applied(packed, shapes, expected, tmp_path):
+    path = write(tmp_path / "lora.safetensors", shapes, SPELLINGS["base_model.model.<native>"][0])
+    tensors = comfy.utils.load_torch_file(str(path))
+    renamed = {name.replace(".weight", ".my_style.weight"): tensor for name, tensor in tensors.items()}
+    magnitude = f"base_model.model.{MODULES[0]}.lora_magnitude_vector"
+    save_file(renamed | {magnitude: torch.ones(3072)}, path)
+    model, report = load_lora(packed, path, 1.0)
+    assert str(report) == f"matched 4 of 4 modules; not applied: {magnitude}"
+    with loaded(model, "full"):
+        assert relative_error(forward(model), expected) < 1e-5
+
+
+def test_a_change_of_a_bias_alone_is_matched(packed, tmp_path):
+    change = torch.ones(3072)
+    save_file({"lora_unet_t_embedder_mlp_0.diff_b": change}, tmp_path / "lora.safetensors")
+    model, report = load_lora(packed, tmp_path / "lora.safetensors", 1.0)
+    assert str(report) == "matched 1 of 1 modules"
+    assert "diffusion_model.t_embedder.mlp.0.bias" in model.patches
+
+
+@pytest.mark.parametrize(
+    ("content", "found"),
+    [
+        (b"", "an empty file"),
+        (b"<!DOCTYPE html><html>login</html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\n", "a Git LFS pointer instead of the file"),
+        (None, "a safetensors file that is cut off or damaged"),
+    ],
+)
+@pytest.mark.parametrize("ending", ["safetensors", "pt"])
+def test_a_file_that_cannot_be_read_is_named(packed, shapes, tmp_path, content, found, ending):
+    path = tmp_path / f"lora.{ending}"
+    if content is None:
+        content = write(path, shapes, SPELLINGS["<native>"][0]).read_bytes()[:-100]
+    path.write_bytes(content)
+    with pytest.raises(ModelFileError, match=rf"^lora\.{ending}: found {found}, expected a LoRA of AuraFlow"):
+        load_lora(packed, path, 1.0)
+
+
 @pytest.mark.parametrize(
     ("key", "what"),
     [
-        ("lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight", "a Flux LoRA"),
-        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "a Flux LoRA"),
-        ("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "an SDXL or SD1 LoRA"),
+        ("lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight", "a Flux or Chroma LoRA"),
+        ("transformer.transformer_blocks.0.attn.to_q.lora_A.weight", "a LoRA of Flux, SD3, Qwen-Image or another"),
+        ("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight", "an SDXL or SD1 LoRA"),
+        ("unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_k.lora_A.weight", "an SDXL or SD1 LoRA"),
+        ("lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_up.weight", "a text encoder's LoRA"),
         ("diffusion_model.joint_blocks.3.x_block.attn.qkv.lora_A.weight", "an SD3 LoRA"),
         ("diffusion_model.blocks.0.self_attn.q.lora_A.weight", "a Wan LoRA"),
         ("something.else.lora_A.weight", "a LoRA of an unknown model"),

@@ -125,7 +125,7 @@ def test_a_lora_in_a_spelling_that_the_host_drops(server: Server) -> None:
 
     set_inputs(workflow, "AuraFlowLoraLoader", lora_name="flux.safetensors")
     with pytest.raises(
-        PromptError, match=r"AuraFlowLoraLoader: flux.safetensors: found a Flux LoRA .*made for AuraFlow"
+        PromptError, match=r"AuraFlowLoraLoader: flux.safetensors: found a Flux or Chroma LoRA .*made for AuraFlow"
     ):
         server.prompt(workflow)
 
