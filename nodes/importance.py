@@ -49,7 +49,8 @@ def _folder() -> str:
 
 def _files() -> list[str]:
     folder = _folder()
-    return sorted(name for name in os.listdir(folder) if name.endswith(".gguf")) if os.path.isdir(folder) else []
+    names, _ = folder_paths.recursive_search(folder) if os.path.isdir(folder) else ((), {})
+    return sorted(name for name in names if name.lower().endswith(".gguf"))
 
 
 class AuraFlowGGUFImportance(io.ComfyNode):
@@ -130,6 +131,8 @@ class AuraFlowGGUFImportance(io.ComfyNode):
             (latent,) = common_ksampler(
                 without_cache(model), seed, steps, cfg, sampler_name, scheduler, positive, negative, latent_image
             )
+        if not matrix.sums:
+            raise ValueError("Nothing was collected: none of the model's linear layers ran.")
         matrix.datasets.append(f"{steps} steps of {sampler_name}, {scheduler}, CFG {cfg:g}, seed {seed}")
         folder, name, counter, _, _ = folder_paths.get_save_image_path(
             os.path.join(_SUBFOLDER, filename_prefix), folder_paths.get_output_directory()

@@ -8,7 +8,7 @@ import comfy.lora
 import comfy.model_management
 import folder_paths
 import torch
-from comfy.model_patcher import ModelPatcher
+from comfy.model_patcher import ModelPatcher, get_key_weight
 from comfy_api.latest import io, ui
 
 from ..loader.layout import is_packed
@@ -24,6 +24,27 @@ from .importance import NO_FILE, imatrix_input, imatrix_path
 _PREFIX = "diffusion_model."
 
 
+def _key_patches(patcher: ModelPatcher) -> dict[str, list]:
+    """What `ModelPatcher.get_key_patches` gives, which fails on weights that ComfyUI itself has quantized: their scales
+    are in the state dict, but are no attributes of a module."""
+    weights = {}
+    for name in patcher.model_state_dict(_PREFIX):
+        try:
+            weight, _, make_dense = get_key_weight(patcher.model, name)
+        except AttributeError:
+            continue
+        if name in patcher.backup:
+            weight = patcher.backup[name].weight
+        if name in patcher.hook_backup:
+            weight, _ = patcher.hook_backup[name]
+        weights[name] = [(weight, make_dense or _as_it_is), *patcher.patches.get(name, ())]
+    return weights
+
+
+def _as_it_is(weight: torch.Tensor, inplace: bool) -> torch.Tensor:
+    return weight
+
+
 class ModelCheckpoint(Checkpoint):
     """The weights of a MODEL with its patches (LoRAs, merges) applied, each when it is read.
 
@@ -36,7 +57,7 @@ class ModelCheckpoint(Checkpoint):
         self.metadata = {}
         self._device = patcher.load_device
         # the unpatched weight and what makes it dense, then its patches
-        self._weights = patcher.get_key_patches(_PREFIX)
+        self._weights = _key_patches(patcher)
         self.shapes = {name: tuple(weight.shape) for name, ((weight, _), *_) in self._weights.items()}
 
     def dtype(self, name: str) -> torch.dtype:

@@ -77,7 +77,7 @@ class ImportanceMatrix:
         handles += [
             module.register_forward_pre_hook(hook(f"{name}.weight"))
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear)
+            if hasattr(module, "in_features")  # ComfyUI's linears of quantized weights are no torch.nn.Linear
         ]
         try:
             yield

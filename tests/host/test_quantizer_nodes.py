@@ -5,6 +5,7 @@ import os
 from dataclasses import replace
 
 import comfy.model_management
+import comfy.sd
 import folder_paths
 import pytest
 import torch
@@ -17,9 +18,9 @@ from auraflow_gguf.loader.parts import PARTS
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.nodes import AuraFlowGGUFExtension
 from auraflow_gguf.nodes.convert import AuraFlowGGUFConvert
-from auraflow_gguf.nodes.importance import AuraFlowGGUFImportance
+from auraflow_gguf.nodes.importance import AuraFlowGGUFImportance, imatrix_path
 from auraflow_gguf.nodes.save import AuraFlowGGUFSave, ModelCheckpoint
-from auraflow_gguf.quantizer.imatrix import read_imatrix
+from auraflow_gguf.quantizer.imatrix import ImportanceMatrix, read_imatrix
 from auraflow_gguf.quantizer.quantize import quantize
 from comfy.text_encoders.aura_t5 import AuraT5Tokenizer
 from safetensors.torch import load_file
@@ -118,6 +119,56 @@ def test_patches_are_those_of_the_model_whatever_is_loaded(packed):
     assert ModelCheckpoint(packed).packed("diffusion_model.single_layers.0.attn.w1q.weight")[0].name == "Q4_0"
     assert ModelCheckpoint(merged).packed("diffusion_model.single_layers.0.attn.w1q.weight") is None
     assert name in LINEARS
+
+
+@pytest.fixture(scope="module")
+def quantized_by_comfyui(path):
+    """The same weights in ComfyUI's own fp8, as its MODEL; and the fp8 numbers, dense."""
+    state, dense = {}, {}
+    for name, weight in load_dense(path).model.diffusion_model.state_dict().items():
+        if "_layers." in name:
+            layer = name.removesuffix(".weight")
+            scale = weight.abs().max() / 448
+            state[name] = (weight / scale).to(torch.float8_e4m3fn)
+            state[f"{layer}.weight_scale"] = scale.reshape(())
+            state[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
+            weight = state[name].float() * scale
+        state.setdefault(name, weight)
+        dense[name] = weight
+    return comfy.sd.load_diffusion_model_state_dict(state), dense
+
+
+def test_a_model_that_comfyui_has_quantized_is_saved(quantized_by_comfyui, output):
+    model, dense = quantized_by_comfyui
+    with_lora = patched(model, lora, names=["double_layers.0.attn.w2k"])
+    for saved, changed in ((model, False), (with_lora, True)):
+        checkpoint = ModelCheckpoint(saved)
+        assert checkpoint.shapes.keys() == {f"diffusion_model.{name}" for name in dense}
+        for name in ("double_layers.0.attn.w2k.weight", "single_layers.0.mlp.c_fc1.weight", "init_x_linear.weight"):
+            error = relative_error(checkpoint.read(f"diffusion_model.{name}").float(), dense[name])
+            assert (error > 1e-2) == (changed and "w2k" in name)
+    target = save(model, "Q8_0")
+    weight = load_model(target, torch.float32).model.diffusion_model.single_layers[0].attn.w1q.weight
+    assert relative_error(weight.dequantize().float(), dense["single_layers.0.attn.w1q.weight"]) < 1e-2
+
+
+def test_importance_of_a_model_that_comfyui_has_quantized(quantized_by_comfyui):
+    model, dense = quantized_by_comfyui
+    matrix = ImportanceMatrix()
+    with matrix.collecting(model.model.diffusion_model):
+        sample(model, **QUICK | {"steps": 1})
+    linears = {name for name, weight in dense.items() if name.endswith(".weight") and weight.dim() == 2}
+    assert matrix.sums.keys() == linears
+
+
+def test_importance_files_in_subfolders_are_listed(output):
+    (output / "imatrix" / "pony").mkdir(parents=True)
+    path = output / "imatrix" / "pony" / "v7_00001_.gguf"
+    path.touch()
+    name = os.path.join("pony", "v7_00001_.gguf")
+    (continue_from,) = (i for i in AuraFlowGGUFImportance.define_schema().inputs if i.id == "continue_from")
+    assert continue_from.options == ["none", name]
+    assert imatrix_path(name) == str(path)
 
 
 def test_a_checkpoint_is_converted(models):
