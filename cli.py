@@ -21,6 +21,9 @@ OPTIONAL = ("libgguf", "diffusers", "sentencepiece")  # packages that some comma
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # code pages of Windows lack "…" and most files' names
+            stream.reconfigure(errors="backslashreplace")
     parser = _parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
@@ -174,15 +177,17 @@ def _verify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from .quantizer.comparison import compare
 
+    inputs = _inputs(options, parser) if options.forward else None
     with _ProgressLine() as progress:
         everything, differences = compare(options.a, options.b, progress=progress)
     report = {"all": dataclasses.asdict(everything), "tensors": [dataclasses.asdict(entry) for entry in differences]}
     if options.forward:
         from .quantizer.evaluation import output_errors
 
-        report["forward"] = output_errors(options.a, options.b, _inputs(options))
+        report["forward"] = output_errors(options.a, options.b, inputs)
     if options.json:
-        print(json.dumps(report, indent=2))
+        # JSON has no NaN and no infinity, which are the errors of a weight that has one, or whose reference is zero
+        print(json.dumps(json.loads(json.dumps(report), parse_constant=lambda _: None), indent=2))
         return OK
 
     print(f"{'':44}{'relative error':>15}{'cosine':>12}")
@@ -205,7 +210,7 @@ def _sensitivity(options: argparse.Namespace, parser: argparse.ArgumentParser) -
         if name not in measurable:
             parser.error(f"{name} cannot be measured. These can: {', '.join(measurable)}.")
     with _ProgressLine() as progress:
-        rows = sensitivity(options.model, types, _inputs(options), progress=progress)
+        rows = sensitivity(options.model, types, _inputs(options, parser), progress=progress)
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
         return OK
@@ -232,11 +237,19 @@ def _migrate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     return OK
 
 
-def _inputs(options: argparse.Namespace):
+def _inputs(options: argparse.Namespace, parser: argparse.ArgumentParser):
     import torch
 
     from .quantizer.evaluation import Inputs
 
+    if options.size < 2 or options.size % 2:
+        parser.error(f"--size {options.size}: a latent's size is even and at least 2.")
+    if options.tokens < 1:
+        parser.error(f"--tokens {options.tokens}: at least 1.")
+    try:
+        torch.empty(0, device=options.device)
+    except (AssertionError, NotImplementedError, RuntimeError) as error:
+        parser.error(f"--device {options.device} cannot be used here: {str(error).splitlines()[0]}")
     return Inputs(
         size=options.size,
         tokens=options.tokens,

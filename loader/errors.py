@@ -22,7 +22,8 @@ class ModelFileError(ValueError):
         self.found = found
         self.expected = expected
         self.advice = advice
-        super().__init__(f"{os.path.basename(self.path)}: found {found}, expected {expected}. {advice}")
+        name = os.path.basename(os.path.normpath(self.path))
+        super().__init__(f"{name}: found {found}, expected {expected}. {advice}")
 
     def __reduce__(self):
         return _rebuild, (self.path, self.found, self.expected, self.advice)

@@ -22,6 +22,7 @@ import torch
 from ..loader.errors import ModelFileError
 from ..loader.gguf_file import TensorInfo, open_gguf
 from ..loader.quant_types.base import QuantType
+from ..loader.recognise import HEAD_BYTES, recognise_bytes
 
 MAX_SAFETENSORS_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
@@ -39,6 +40,10 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+# Of quantized weights, which are not converted, and only in newer torch; a file may have them in another part.
+for _name, _dtype in (("U16", "uint16"), ("U32", "uint32"), ("U64", "uint64"), ("F8_E8M0", "float8_e8m0fnu")):
+    if hasattr(torch, _dtype):
+        SAFETENSORS_DTYPES[_name] = getattr(torch, _dtype)
 
 GGUF_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TILE = 1 << 22  # weights of a GGUF file dequantized at a time
@@ -47,6 +52,14 @@ TILE = 1 << 22  # weights of a GGUF file dequantized at a time
 WEIGHT_SCALES = (".scale_weight", ".weight_scale")
 # What else comes with such weights, and says nothing about their values.
 FP8_COMPANIONS = (".scale_input", ".input_scale", ".comfy_quant", "scaled_fp8")
+# What stands beside weights of other formats: nvfp4, int4 with two levels of scales, bitsandbytes.
+OTHER_COMPANIONS = (".weight_scale_2", ".weight_s_channel", ".absmax")
+
+# model-00001-of-00003.safetensors; of a variant model.fp16-00001-of-00003.safetensors (diffusers) or
+# model-00001-of-00003.fp16.safetensors (older ones)
+_SHARD = re.compile(
+    r"(?P<model>.+?)(?P<variant>\.\w+)?-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<older>\.\w+)?\.safetensors"
+)
 
 
 class Checkpoint(ABC):
@@ -107,8 +120,7 @@ def open_checkpoint(source: str | os.PathLike, part: str | None = None) -> Check
     if name.endswith((".ckpt", ".pt", ".pth", ".bin")):
         return ScaledFP8Checkpoint(TorchCheckpoint(str(path)))
     if name.endswith((".safetensors", ".sft")):
-        index = _index_of_shard(path)
-        path = index if index.is_file() else path
+        path = _index_of_shard(path)
     elif not re.search(r"\.safetensors\.index(\.\w+)?\.json$", name):
         raise ModelFileError(
             path,
@@ -136,6 +148,7 @@ def _in_folder(folder: Path, part: str) -> Path:
         if len(candidates) == 1 or plain:
             return plain[0] if plain else candidates[0]
         if candidates:
+            _index_of_shard(candidates[0])  # says so, if they are parts without their index
             raise ModelFileError(
                 folder,
                 found=f"several checkpoints: {', '.join(path.name for path in candidates)}",
@@ -151,7 +164,26 @@ def _in_folder(folder: Path, part: str) -> Path:
 
 
 def _index_of_shard(path: Path) -> Path:
-    return path.with_name(re.sub(r"-\d{5}-of-\d{5}\.safetensors$", ".safetensors.index.json", path.name))
+    """The index of the checkpoint that a file is a part of; of a whole one the file itself."""
+    shard = _SHARD.fullmatch(path.name)
+    if not shard:
+        return path
+    model, variant = shard["model"], shard["variant"] or ""
+    names = (
+        f"{model}.safetensors.index{variant or shard['older'] or ''}.json",
+        f"{model}{variant}.safetensors.index.json",  # a point in the model's own name
+    )
+    index = next((path.with_name(name) for name in names if path.with_name(name).is_file()), None)
+    if index is None and int(shard["count"]) == 1:
+        return path
+    if index is None:
+        raise ModelFileError(
+            path,
+            found=f"part {int(shard['number'])} of {int(shard['count'])}, and no index of the parts",
+            expected=f"{names[0]} beside it",
+            advice="Download the index and all parts into one folder.",
+        )
+    return index
 
 
 @dataclass(frozen=True)
@@ -223,7 +255,9 @@ def _safetensors_header(path: str) -> tuple[dict, int]:
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > MAX_SAFETENSORS_HEADER:
-            raise _not_safetensors(path, f"{size} bytes that do not begin like one")
+            file.seek(0)
+            found, advice = recognise_bytes(file.read(HEAD_BYTES), path) or (None, None)
+            raise _not_safetensors(path, found or f"{size} bytes that do not begin like one", advice)
         if 8 + length > size:
             raise _cut_off(path, size, 8 + length)
         try:
@@ -251,10 +285,9 @@ def _entries(path: str, header: dict, data_begin: int) -> Iterator[tuple[str, _E
         yield name, _Entry(path, dtype, shape, data_begin + begin, end - begin)
 
 
-def _not_safetensors(path: str, found: str) -> ModelFileError:
-    return ModelFileError(
-        path, found=found, expected="a safetensors file", advice="Download it again, or choose another file."
-    )
+def _not_safetensors(path: str, found: str, advice: str | None = None) -> ModelFileError:
+    advice = advice or "Download it again, or choose another file."
+    return ModelFileError(path, found=found, expected="a safetensors file", advice=advice)
 
 
 def _cut_off(path: str, found: int, expected: int) -> ModelFileError:
@@ -282,11 +315,15 @@ class TorchCheckpoint(Checkpoint):
                 expected="a torch.save file of tensors alone, complete, written by torch 1.6 or newer",
                 advice="Download it again, or get it as safetensors.",
             ) from error
+        except ValueError as error:  # an empty file cannot be mapped
+            raise ModelFileError(
+                path, found="an empty file", expected="a torch.save file", advice="Download it again."
+            ) from error
         for key in ("state_dict", "model"):
             if isinstance(content, dict) and isinstance(content.get(key), dict):
                 content = content[key]
         tensors = content.items() if isinstance(content, dict) else ()
-        self._tensors = {name: tensor for name, tensor in tensors if isinstance(tensor, torch.Tensor)}
+        self._tensors = {name: t for name, t in tensors if isinstance(name, str) and isinstance(t, torch.Tensor)}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
 
     def dtype(self, name: str) -> torch.dtype:
@@ -337,6 +374,14 @@ class ScaledFP8Checkpoint(Checkpoint):
 
     def __init__(self, inner: Checkpoint):
         self._inner = inner
+        other = next((name for name in inner.shapes if name.endswith(OTHER_COMPANIONS)), None)
+        if other:
+            raise ModelFileError(
+                inner.path,
+                found=f"weights in another quantized format than fp8 ({other})",
+                expected="bfloat16, float16, float32 or fp8 with one scale a weight",
+                advice="Convert the original checkpoint instead.",
+            )
         self.path, self.files, self.metadata = inner.path, inner.files, inner.metadata
         self._scales = {
             name.removesuffix(ending) + ".weight": name

@@ -113,7 +113,8 @@ def compare(
         done += math.prod(source.shape)
         if progress:
             progress(done, total)
-    return everything.result("all"), sorted(differences, key=lambda entry: -entry.relative_error)
+    differences.sort(key=lambda entry: (not math.isnan(entry.relative_error), -entry.relative_error))
+    return everything.result("all"), differences
 
 
 def _open(path: str | os.PathLike, fixed: Mapping[str, int] | None) -> tuple[Checkpoint, Match]:

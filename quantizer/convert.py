@@ -78,6 +78,13 @@ def convert(
             was.
     """
     recipe = recipe_for(type_name, tensor_types, imatrix=imatrix is not None)
+    if not os.fspath(target).lower().endswith(".gguf"):
+        raise ModelFileError(
+            target,
+            found="no .gguf at its end",
+            expected="the name of the .gguf file to make",
+            advice="Give the file's name and not a folder's: ComfyUI lists GGUF files by that ending.",
+        )
     convert_checkpoint(
         open_checkpoint(source, part),
         target,
@@ -250,11 +257,15 @@ def part_in(source: str | os.PathLike) -> str:
 
 
 def model_name(source: str | os.PathLike) -> str:
-    """A model's name from its path: the file's, or the folder's above ``transformer`` or ``text_encoder``."""
+    """A model's name from its path: the file's, or the folder's, above ``transformer`` or ``text_encoder``."""
     path = Path(os.path.abspath(source))
     if path.name in PARTS:
         path = path.parent
-    return path.name if path.is_dir() else re.split(r"\.safetensors|\.[^.]*$", path.name)[0]
+    if path.is_dir():
+        return path.name
+    name = re.sub(r"-\d{5}-of-\d{5}$", "", re.split(r"\.safetensors|\.[^.]*$", path.name)[0])
+    # in every diffusers folder the file has the same name
+    return model_name(path.parent) if path.parent.name in PARTS else name
 
 
 def _natural_order(name: str) -> list[str | int]:

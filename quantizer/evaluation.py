@@ -6,6 +6,7 @@ So the whole transformer runs, at several timesteps, and the error is that of it
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,8 +21,10 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("The model's output needs diffusers: pip install diffusers", name="diffusers") from error
 
+from ..loader.architecture import match
 from ..loader.auraflow import AURAFLOW
 from ..loader.diffusers import load_diffusers_transformer
+from ..loader.errors import ModelFileError
 from ..loader.weights import open_checked
 from .checkpoint import Checkpoint, open_checkpoint
 from .convert import convert
@@ -77,6 +80,7 @@ def transformer(path: str | os.PathLike, inputs: Inputs) -> Iterator[AuraFlowTra
             convert(path, copy, _float_type(open_checkpoint(path)), fixed={})
             path = copy
         dimensions = open_checked(path, AURAFLOW, fixed={})[1].dimensions
+        _check_size(path, inputs.size, dimensions["positional_encoding_length"])
         model = load_diffusers_transformer(path, inputs.dtype, heads=dimensions["embedding_length"] // HEAD_WIDTH)
         for module in model.modules():
             for name, weight in module.named_parameters(recurse=False):
@@ -84,9 +88,21 @@ def transformer(path: str | os.PathLike, inputs: Inputs) -> Iterator[AuraFlowTra
         yield model
 
 
+def _check_size(path: str | os.PathLike, size: int, positions: int) -> None:
+    largest = 2 * math.isqrt(positions)
+    if size > largest:
+        raise ModelFileError(
+            path,
+            found=f"positions for a latent of {largest} × {largest}",
+            expected=f"{size} × {size}",
+            advice="Give a smaller --size.",
+        )
+
+
 def _float_type(checkpoint: Checkpoint) -> str:
     """The type that holds the checkpoint's weights as they are; bfloat16 has all numbers of plain fp8."""
-    dtypes = {checkpoint.dtype(name) for name in checkpoint.shapes}
+    wanted = match(AURAFLOW, checkpoint.shapes, metadata=checkpoint.metadata, path=checkpoint.path, fixed={})
+    dtypes = {checkpoint.dtype(source.name) for source in wanted.weights.values()}
     return next((name for dtype, name in FLOAT_TYPES.items() if dtype in dtypes), "BF16")
 
 

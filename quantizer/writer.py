@@ -91,14 +91,21 @@ def write_gguf(
     except BaseException as error:
         if os.path.exists(temporary):
             os.unlink(temporary)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        if isinstance(error, OSError) and error.errno in _NO_ROOM:
             raise ModelFileError(
                 target,
-                found="a disk that became full while the file was written",
+                found=_NO_ROOM[error.errno],
                 expected="room for all of it",
                 advice="The unfinished file was removed. Free some space, or write to another disk.",
             ) from error
         raise
+
+
+_NO_ROOM = {
+    errno.ENOSPC: "a disk that became full while the file was written",
+    errno.EDQUOT: "a disk quota that was used up while the file was written",
+    errno.EFBIG: "a file system that takes no file of this size",
+}
 
 
 def _refuse_existing(target: str, overwrite: bool) -> None:
@@ -131,6 +138,10 @@ def _check_target(target: str, size: int, overwrite: bool) -> None:
             found=f"no folder {folder}",
             expected="a folder to write into",
             advice="Create the folder, or choose another place.",
+        )
+    if os.path.isdir(target):
+        raise ModelFileError(
+            target, found="a folder", expected="a file's name", advice="Give the name of the file to make in it."
         )
     _refuse_existing(target, overwrite)
     free = shutil.disk_usage(folder).free

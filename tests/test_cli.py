@@ -115,6 +115,20 @@ def test_compare(source, capsys):
     assert all(0 < error < 1 for error in report["forward"].values())
 
 
+def test_a_latent_larger_than_the_positions_is_refused(source, capsys):
+    assert cli.main(["sensitivity", source, "--type", "Q8_0", "--size", "18"]) == 1
+    assert "found positions for a latent of 16 × 16, expected 18 × 18" in capsys.readouterr().err
+
+
+def test_a_code_page_without_our_letters(source, tmp_path):
+    """As on Windows, when the output goes to a file."""
+    command = [sys.executable, str(ROOT / "cli.py"), "convert", source, "模型.safetensors", "--type", "Q8_0"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp437"}
+    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+    assert ran.returncode == 1
+    assert rb"\u6a21\u578b.safetensors: found no .gguf at its end" in ran.stderr
+
+
 def test_sensitivity(source, capsys):
     assert cli.main(["sensitivity", source, "--type", "q4_k", "--type", "Q8_0", "--size", "8", "--tokens", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -140,6 +154,9 @@ def test_an_importance_matrix_allows_the_types_that_need_one(source, capsys):
         (["convert", "aura.safetensors", "a.gguf", "--type", "IQ2_XS"], "importance matrix"),
         (["convert", "aura.safetensors", "a.gguf", "--type", "Q8_0", "--tensor-type", "x"], "PATTERN=TYPE"),
         (["convert", "aura.safetensors"], "required"),
+        (["compare", "a.gguf", "b.gguf", "--forward", "--size", "33"], "size is even and at least 2"),
+        (["compare", "a.gguf", "b.gguf", "--forward", "--device", "foo"], "--device foo cannot be used here"),
+        (["sensitivity", "aura.safetensors", "--tokens", "0"], "--tokens 0: at least 1"),
         (["sensitivity", "aura.safetensors", "--type", "Q4_K_M"], "Q4_K_M cannot be measured. These can: F32"),
         ([], "required"),
     ],

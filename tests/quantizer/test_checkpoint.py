@@ -57,6 +57,33 @@ def test_shards_by_their_index_by_one_of_them_and_by_their_folder(tmp_path):
         open_checkpoint(index)
 
 
+@pytest.mark.parametrize(
+    ("shard", "index"),
+    [
+        ("model.fp16-0000{}-of-00002.safetensors", "model.safetensors.index.fp16.json"),  # diffusers' and transformers'
+        ("model-0000{}-of-00002.fp16.safetensors", "model.safetensors.index.fp16.json"),
+        ("pony.v7-0000{}-of-00002.safetensors", "pony.v7.safetensors.index.json"),
+    ],
+)
+def test_shards_of_a_variant(tmp_path, shard, index):
+    names = list(WEIGHTS)
+    files = {name: shard.format(1 + (place >= 2)) for place, name in enumerate(names)}
+    for file in set(files.values()):
+        save_file({name: WEIGHTS[name] for name in names if files[name] == file}, tmp_path / file)
+    (tmp_path / index).write_text(json.dumps({"weight_map": files}))
+    for source in (tmp_path / shard.format(2), tmp_path / index, tmp_path):
+        assert open_checkpoint(source).shapes.keys() == WEIGHTS.keys()
+    (tmp_path / index).unlink()
+    for source in (tmp_path / shard.format(1), tmp_path):
+        with pytest.raises(ModelFileError, match=f"part 1 of 2, and no index of the parts.*{index} beside it|pony"):
+            open_checkpoint(source)
+
+
+def test_the_only_part_needs_no_index(tmp_path):
+    save_file(WEIGHTS, tmp_path / "model-00001-of-00001.safetensors")
+    check(open_checkpoint(tmp_path / "model-00001-of-00001.safetensors"))
+
+
 def test_an_index_cannot_name_files_elsewhere(tmp_path):
     save_file(WEIGHTS, tmp_path / "outside.safetensors")
     (tmp_path / "folder").mkdir()
@@ -166,6 +193,21 @@ def test_other_quantized_weights_are_refused(tmp_path):
         checkpoint.read("b.weight")
 
 
+@pytest.mark.parametrize("companion", ["weight_scale_2", "weight_s_channel", "weight.absmax"])
+def test_formats_with_other_scales_are_refused_by_name(tmp_path, companion):
+    blocks = {"a.weight": torch.zeros(2, 2, dtype=torch.uint8), f"a.{companion}": torch.ones(1)}
+    save_file(blocks, tmp_path / "a.safetensors")
+    with pytest.raises(ModelFileError, match=f"another quantized format than fp8 .a.{companion}.*Convert the original"):
+        open_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_a_tensor_of_another_part_may_have_any_dtype(tmp_path):
+    if hasattr(torch, "float8_e8m0fnu"):
+        other = torch.ones(2).to(torch.float8_e8m0fnu)
+        save_file(WEIGHTS | {"other.scale": other}, tmp_path / "a.safetensors")
+        assert open_checkpoint(tmp_path / "a.safetensors").dtype("other.scale") == other.dtype
+
+
 def with_header(header: object, data: bytes = b"") -> bytes:
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
     return struct.pack("<Q", len(text)) + text + data
@@ -177,8 +219,10 @@ TENSOR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "found 0 bytes that do not begin like one, expected a safetensors file"),
-        (b"<!DOCTYPE html><html>", "found 21 bytes that do not begin like one"),
+        (b"", "found an empty file, expected a safetensors file"),
+        (b"<!DOCTYPE html><html>", "found a web page, expected a safetensors file"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "found a Git LFS pointer.*`git lfs pull`"),
+        (bytes(range(100, 130)), "found 30 bytes that do not begin like one"),
         (struct.pack("<Q", 500) + b"{", "found the end of the file after 9 bytes, expected at least 508 bytes"),
         (with_header(b"{nonsense}"), "found a header that is not JSON"),
         (with_header(b"[" * 10000), "found a header that is not JSON"),

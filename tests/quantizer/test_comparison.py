@@ -58,6 +58,14 @@ def test_a_weight_that_vanished_and_one_that_appeared(source, tmp_path):
     assert (appeared.relative_error, appeared.cosine) == (float("inf"), 0)
 
 
+def test_a_weight_with_nan_is_named_first(source, tmp_path):
+    damaged = WEIGHTS[CHANGED].clone()
+    damaged[3, 5] = float("nan")
+    save_file(WEIGHTS | {CHANGED: damaged, "modF.1.weight": WEIGHTS["modF.1.weight"] * 2}, tmp_path / "b.safetensors")
+    differences = compare(source, tmp_path / "b.safetensors", fixed=FIXED)[1]
+    assert [entry.name for entry in differences[:2]] == [CHANGED, "modF.1.weight"]
+
+
 def test_a_finer_type_is_closer(source, tmp_path):
     errors = []
     for type_name in ("Q8_0", "Q6_K", "Q4_K_M", "Q2_K"):

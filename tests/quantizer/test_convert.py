@@ -205,6 +205,9 @@ def test_metadata(tmp_path):
         ("models/aura.safetensors.index.json", "aura"),
         ("models/aura.ckpt", "aura"),
         ("models/pony/transformer", "pony"),
+        ("models/pony/transformer/diffusion_pytorch_model-00001-of-00003.safetensors", "pony"),
+        ("models/pony/transformer/diffusion_pytorch_model.fp16.safetensors", "pony"),
+        ("models/aura-00001-of-00003.safetensors", "aura"),
         ("models/pony.v7", "pony.v7"),
     ],
 )
@@ -212,6 +215,12 @@ def test_the_name_comes_from_the_path(tmp_path, source, name):
     (tmp_path / "models/pony/transformer").mkdir(parents=True)
     (tmp_path / "models/pony.v7").mkdir()
     assert module.model_name(tmp_path / source) == name
+
+
+@pytest.mark.parametrize("target", ["folder/", "aura.safetensors", "aura"])
+def test_a_target_that_comfyui_would_not_list_is_refused(source, tmp_path, target):
+    with pytest.raises(ModelFileError, match=r"found no \.gguf at its end"):
+        module.convert(source, f"{tmp_path}/{target}", "Q8_0", fixed=FIXED)
 
 
 def test_gguf_py_reads_it(source, tmp_path):

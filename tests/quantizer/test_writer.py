@@ -82,10 +82,33 @@ def test_a_target_made_meanwhile_is_kept(tmp_path):
 
 
 def test_a_target_that_cannot_be_replaced_is_said_and_leaves_nothing_else(tmp_path):
-    (tmp_path / "a.gguf").mkdir()
+    def meanwhile(tensor):
+        (tmp_path / "a.gguf").mkdir()
+        return fill(tensor)
+
     with pytest.raises(ModelFileError, match=r"a\.gguf: found that it cannot be replaced .* Unload the model"):
-        write_gguf(tmp_path / "a.gguf", {}, [F32], fill, overwrite=True)
+        write_gguf(tmp_path / "a.gguf", {}, [F32], meanwhile, overwrite=True)
     assert os.listdir(tmp_path) == ["a.gguf"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_folder_is_refused_before_anything_is_written(tmp_path, overwrite):
+    (tmp_path / "a.gguf").mkdir()
+
+    def never(tensor):
+        raise AssertionError
+
+    with pytest.raises(ModelFileError, match="found a folder, expected a file's name"):
+        write_gguf(tmp_path / "a.gguf", {}, [F32], never, overwrite=overwrite)
+
+
+def test_a_file_system_that_takes_no_file_of_this_size(tmp_path):
+    def too_large(tensor):
+        raise OSError(errno.EFBIG, "File too large")
+
+    with pytest.raises(ModelFileError, match="found a file system that takes no file of this size"):
+        write_gguf(tmp_path / "a.gguf", {}, [F32], too_large)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_missing_folder_is_named(tmp_path):
