@@ -25,6 +25,9 @@ logger = logging.getLogger(__name__)
 # Where Triton runs: NVIDIA's and AMD's GPUs, Intel's, and its interpreter on the CPU.
 _TRITON_DEVICES = ("cuda", "xpu", "cpu")
 
+MAX_KEPT_BYTES = 64 << 20  # an MLP's weight in 16 bit takes 50 MB
+WEIGHTS_IN_TORCH = 1 << 24  # that torch dequantizes at a time
+
 _buffers = threading.local()
 _without_triton: set[torch.device] = set()
 
@@ -93,17 +96,32 @@ def _dense(
         unpack = functools.partial(kernels.dequantize_into, out, packed.contiguous(), quant_type)
         if _launched(unpack, packed.device):
             return out
-    return quant_type.dequantize(packed, dtype)
+    return _dense_in_torch(packed, quant_type, dtype)
+
+
+def _dense_in_torch(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) -> torch.Tensor:
+    """The same, some rows at a time: what torch's passes need between is several times as large as their result."""
+    columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
+    rows = max(1, WEIGHTS_IN_TORCH // columns)
+    if rows >= len(packed):
+        return quant_type.dequantize(packed, dtype)
+    out = torch.empty(len(packed), columns, dtype=dtype, device=packed.device)
+    for some, place in zip(packed.split(rows), out.split(rows), strict=True):
+        place.copy_(quant_type.dequantize(some, dtype))
+    return out
 
 
 def _buffer(shape: tuple[int, int], *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Memory for one dense weight, kept for each stream of this thread, as large as the largest weight so far.
+    """Memory for one dense weight, kept for each stream of this thread, as large as the largest weight so far, but for
+    those of modulation, which are seldom used.
 
     What a stream has been given before to read from it is done before the same stream writes it again.
     """
+    size = shape[0] * shape[1] * dtype.itemsize
+    if size > MAX_KEPT_BYTES:
+        return torch.empty(shape, dtype=dtype, device=device)
     kept = _buffers.__dict__.setdefault("by_stream", {})
     stream = getattr(torch, device.type).current_stream(device)
-    size = shape[0] * shape[1] * dtype.itemsize
     if stream not in kept or kept[stream].numel() < size:
         kept.pop(stream, None)
         kept[stream] = torch.empty(size, dtype=torch.uint8, device=device)
@@ -131,11 +149,14 @@ def _triton_kernels():
 def _launched(launch: Callable[[], None], device: torch.device) -> bool:
     """Whether a launch was possible. The first that is not, is the last on its device.
 
-    Triton, its compilers and the driver each have exceptions of their own.
+    Triton, its compilers and the driver each have exceptions of their own. A device whose memory is full is not one
+    where Triton does not work: ComfyUI frees some and tries again.
     """
     try:
         launch()
     except Exception as error:
+        if "out of memory" in str(error).lower():
+            raise
         _without_triton.add(device)
         logger.warning(
             "Triton %s does not work on %s: torch dequantizes GGUF weights there, which takes longer. %s: %s",

@@ -13,6 +13,8 @@ from auraflow_gguf.loader import kernels
 from auraflow_gguf.loader.kernels import gpu
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 
+from ..quant_types.blocks import random_blocks
+
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed: its kernels are not tested here"
 )
@@ -71,6 +73,26 @@ def dequantize_kernel_for(target, name, dtype="*bf16"):
 @pytest.fixture
 def _no_cache(monkeypatch, tmp_path):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["Q4_K", "IQ3_S"])
+def test_torch_dequantizes_some_rows_at_a_time(monkeypatch, name):
+    packed = torch.from_numpy(random_blocks(name, 7 * 3)).view(7, -1)
+    expected = QUANT_TYPES[name].dequantize(packed, torch.bfloat16)
+    for weights in (1, 256 * 3 * 2, 1 << 24):
+        monkeypatch.setattr(gpu, "WEIGHTS_IN_TORCH", weights)
+        assert torch.equal(gpu._dense_in_torch(packed, QUANT_TYPES[name], torch.bfloat16), expected)
+
+
+def test_a_full_device_does_not_end_triton_there(monkeypatch):
+    monkeypatch.setattr(gpu, "_without_triton", set())
+
+    def full():
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        gpu._launched(full, torch.device("cpu"))
+    assert not gpu._without_triton
 
 
 NVIDIA = ("cuda", 80, 32)
