@@ -19,11 +19,13 @@ class LowRank:
     Attributes:
         down: ``(rank, in_features)``.
         up: ``(out_features, rank)``, strengths and alphas multiplied in.
+        patches: what they were made of, as `low_rank` takes it.
     """
 
-    def __init__(self, down: torch.Tensor, up: torch.Tensor):
+    def __init__(self, down: torch.Tensor, up: torch.Tensor, patches: list[tuple]):
         self.down = down
         self.up = up
+        self.patches = patches
 
     @property
     def nbytes(self) -> int:
@@ -67,7 +69,7 @@ def low_rank(
     downs, ups, scales = zip(*factors, strict=True)
     down = torch.cat([down.to(device, dtype) for down in downs])
     up = torch.cat([(up.to(device, torch.float32) * s).to(dtype) for up, s in zip(ups, scales, strict=True)], dim=1)
-    return LowRank(down, up)
+    return LowRank(down, up, patches)
 
 
 def _factors(patch: tuple) -> tuple[torch.Tensor, torch.Tensor, float] | None:

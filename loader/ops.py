@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from comfy.ops import cast_bias_weight, manual_cast, uncast_bias_weight
 
+from .kernels import packed_linear
 from .layout import is_packed, linear
 from .low_rank import LowRank
+from .quant_types import QUANT_TYPES
 
 
 class _FromFile:
@@ -71,6 +73,11 @@ class GGUFOps(manual_cast):
 
         def _traced(self, input):
             """The same, for torch.compile, which takes torch's linear apart before a packed weight can answer to it."""
+            # dynamic VRAM has a place (_v) of its own for the weight
+            if is_packed(self.weight) and not (self.weight_function or self.bias_function or hasattr(self, "_v")):
+                bias = None if self.bias is None else self.bias.to(input.device, input.dtype)
+                packed = self.weight._qdata.to(input.device)
+                return packed_linear(input, packed, QUANT_TYPES[self.weight._params.quant_type], bias)
             weight, bias, stream = cast_bias_weight(self, input, offloadable=True)
             output = linear(input, weight, bias)
             uncast_bias_weight(self, weight, bias, stream)

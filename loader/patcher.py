@@ -25,10 +25,6 @@ from .layout import is_packed
 from .low_rank import LowRank, low_rank
 from .modulation import mapped_bytes, mapped_linears, table_of
 
-# ComfyUI's dynamic VRAM loads modules of at most this many bytes whole, and calls no weight function for
-# them. Weights this small are patched by ComfyUI itself, which makes them dense.
-_ALWAYS_LOADED_BYTES = 16 * 1024
-
 
 class WeightPatches:
     """A weight function: a list of ComfyUI's patches, applied to a dense weight.
@@ -71,6 +67,7 @@ class _PackedWeightPatching:
         size = sum(factors.nbytes for factors in beside.values())
         if lowvram_model_memory:  # 0: as much as it takes
             lowvram_model_memory = max(1, lowvram_model_memory - size)
+            full_load = full_load and lowvram_model_memory > self.model_size()
         dense = self._affordable_dense(device_to, without=beside) if full_load else {}
         self._remove_low_rank()
         self._patch_mapped_linears(device_to)
@@ -110,7 +107,7 @@ class _PackedWeightPatching:
             if key.endswith(".weight"):
                 module = self._module_of(key)
                 if module.low_rank is not None:  # what the hooks patch is the weight with these
-                    patches = [*self.patches[key], *patches]
+                    patches = [*module.low_rank.patches, *patches]
                 self.model.low_rank_without_hooks[key] = module.low_rank
                 device = self.offload_device if self._stays_mapped(key) else self.load_device
                 module.low_rank = self._low_rank(key, patches, device)
@@ -231,7 +228,7 @@ class _PackedWeightPatching:
     def _is_patched_in_use(self, key: str) -> bool:
         """Whether patches of a weight leave it as it is and act when it is used."""
         weight = comfy.utils.get_attr(self.model, key)
-        return self._stays_mapped(key) or (is_packed(weight) and weight.nbytes > _ALWAYS_LOADED_BYTES)
+        return self._stays_mapped(key) or is_packed(weight)
 
     def _stays_mapped(self, key: str) -> bool:
         return getattr(self._module_of(key), "stays_mapped", False)
@@ -250,6 +247,20 @@ class _PackedWeightPatching:
 
 class GGUFModelPatcher(_PackedWeightPatching, ModelPatcher):
     """The static patcher: CPUs, and GPUs without dynamic VRAM."""
+
+    def pin_weight_to_device(self, key):
+        # What lies in the file's map cannot be page-locked safely: neither do weights begin at pages there, nor do all
+        # drivers take a mapped file's. A weight that is pinned gets memory of its own, as ComfyUI's dense ones have.
+        weight = comfy.utils.get_attr(self.model, key)
+        held = weight._qdata if is_packed(weight) else weight
+        is_view = held.untyped_storage().nbytes() > held.nbytes
+        if (
+            comfy.model_management.MAX_PINNED_MEMORY > 0
+            and comfy.model_management.is_device_cpu(held.device)
+            and is_view
+        ):
+            comfy.utils.set_attr_param(self.model, key, weight.clone())
+        super().pin_weight_to_device(key)
 
 
 class GGUFModelPatcherDynamic(_PackedWeightPatching, ModelPatcherDynamic):

@@ -30,6 +30,7 @@ class GGUFCLIP(comfy.sd.CLIP):
     def clone(self, *args, **kwargs) -> GGUFCLIP:
         clone = super().clone(*args, **kwargs)
         clone.__class__ = GGUFCLIP  # ComfyUI names its class itself
+        clone.cond_stage_model = clone.patcher.model  # a new one for hooks, where dynamic VRAM is on
         return clone
 
     def get_sd(self) -> dict[str, torch.Tensor]:

@@ -16,6 +16,10 @@ from .quant_types import STORED_DTYPES
 # computes in another, so that no dense copy is made when it is used.
 DENSE_DTYPES = {**STORED_DTYPES, "F64": torch.float64}
 
+# ComfyUI's dynamic VRAM loads weights of at most this many bytes whole, calls no weight function for them, and
+# patches them itself, which a packed one does not take.
+ALWAYS_LOADED_BYTES = 16 * 1024
+
 
 def open_checked(
     path: str | os.PathLike, architecture: Architecture, fixed: Mapping[str, int] | None = None
@@ -46,9 +50,10 @@ def _tensor(file: GGUFFile, matched: Match, name: str, source: Source, dtype: to
     quant_type = file.tensors[source.name].type
     stored = DENSE_DTYPES.get(quant_type.name)
     packed = file.packed(source.name)
-    if name.endswith(".weight") and not row.dense and stored != dtype:
+    of_linear = name.endswith(".weight") and not row.dense
+    if of_linear and stored != dtype and packed.nbytes > ALWAYS_LOADED_BYTES:
         weight = pack(packed, quant_type.name, source.shape, dtype)
-    elif stored is not None:
+    elif stored is not None and (stored == dtype or not of_linear):
         weight = packed.view(stored).reshape(source.shape)
     else:
         weight = quant_type.dequantize(packed.view(-1, quant_type.type_size), dtype).reshape(source.shape)

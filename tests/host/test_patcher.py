@@ -3,6 +3,7 @@
 import functools
 
 import comfy.lora
+import comfy.model_management
 import pytest
 import torch
 from auraflow_gguf.loader.layout import is_packed
@@ -10,7 +11,7 @@ from auraflow_gguf.loader.model import load_model
 from auraflow_gguf.loader.patcher import GGUFModelPatcher, WeightPatches
 
 from .aura_files import load_dense, make_gguf
-from .forward import MODES, forward, loaded
+from .forward import CPU, MODES, forward, loaded
 from .sampling import QUICK, relative_error, sample
 
 LINEARS = {  # of two widths, in both kinds of layers, and one that is too small to be anything but loaded whole
@@ -191,7 +192,39 @@ def test_weights_stay_packed_but_for_those_that_memory_allows_to_keep_patched(pa
     for module in packed.model.modules():
         assert getattr(module, "low_rank", None) is None
         assert not getattr(module, "weight_function", None)
-    assert is_packed(packed.model.diffusion_model.final_linear.weight)
+    assert not is_packed(packed.model.diffusion_model.final_linear.weight)  # 15 KB
+
+
+def test_factors_count_in_what_a_full_load_may_take(packed):
+    model = patched(packed, functools.partial(lora, rank=2048))
+    factors = sum(2048 * sum(shape) * 4 for name, shape in LINEARS.items() if name != "final_linear")
+    try:
+        model.partially_load(CPU, extra_memory=model.model_size() + 1)
+        assert model.model.model_lowvram
+        assert model.loaded_size() <= model.model_size() + 1
+        model.unpatch_model(CPU)
+        model.partially_load(CPU, extra_memory=model.model_size() + 2 * factors)
+        assert not model.model.model_lowvram
+    finally:
+        model.unpatch_model(CPU)
+
+
+def test_a_weight_that_is_pinned_has_memory_of_its_own(path, monkeypatch):
+    """Page-locking needs a GPU: what ComfyUI would lock is looked at."""
+    model = load_model(path)
+    pinned = []
+    monkeypatch.setattr(comfy.model_management, "MAX_PINNED_MEMORY", 1 << 40)
+    monkeypatch.setattr(comfy.model_management, "pin_memory", lambda weight: pinned.append(weight) or False)
+    module = model.model.diffusion_model.single_layers[0].mlp.c_proj
+    before = module.weight
+    assert before._qdata.untyped_storage().nbytes() > before._qdata.nbytes
+    model.pin_weight_to_device("diffusion_model.single_layers.0.mlp.c_proj.weight")
+    (weight,) = pinned
+    assert weight is module.weight
+    assert weight._qdata.untyped_storage().nbytes() == weight._qdata.nbytes
+    assert torch.equal(weight._qdata, before._qdata)
+    model.pin_weight_to_device("diffusion_model.single_layers.0.mlp.c_proj.weight")
+    assert module.weight is weight  # once is enough
 
 
 def test_the_factors_count_as_loaded_memory(packed):

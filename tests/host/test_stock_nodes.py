@@ -148,6 +148,18 @@ def test_compiled_once_for_all_sizes(packed, keys):
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * len(keys)
 
 
+def test_compiled_in_low_vram(packed):
+    compiled = packed.clone(disable_dynamic=True)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    set_torch_compile_wrapper(compiled, backend="aot_eager", keys=WHOLE)
+    options = without_graph_breaks(sampler_options(compiled))
+    with loaded(compiled, "lowvram"):
+        expected = forward(packed, options=options | {"wrappers": {}})
+        assert torch.equal(forward(compiled, options=options), expected)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
 def without_graph_breaks(options: dict) -> dict:
     """With another attention than ComfyUI's on a CPU, which breaks graphs by itself."""
     return options | {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}

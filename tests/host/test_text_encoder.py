@@ -1,5 +1,6 @@
 """The text encoder from a GGUF file gives the conditioning of its dense twin, in every mode and with every patch."""
 
+import comfy.hooks
 import comfy.lora
 import comfy.sd
 import folder_paths
@@ -14,6 +15,7 @@ from auraflow_gguf.loader.layout import is_packed
 from auraflow_gguf.loader.patcher import GGUFModelPatcher
 from auraflow_gguf.loader.pile_t5 import PILE_T5_XL
 from auraflow_gguf.loader.text_encoder import load_text_encoder
+from comfy_extras.nodes_hooks import SetClipHooks
 from comfy_extras.nodes_model_merging import CLIPSave
 from safetensors.torch import load_file
 
@@ -176,6 +178,25 @@ def test_every_patch_has_the_effect_that_it_has_on_the_dense_twin(kind):
             with loaded(clone.patcher, mode):
                 assert relative_error(encode(clone, 20), expected) < 1e-5, (module, mode)
     assert torch.equal(clip.encode_from_tokens(tokens), base)
+
+
+def test_hooks_over_a_lora_of_the_same_weights():
+    clip = load(make_text_encoder_gguf("Q4_K"))
+    tokens = tokens_of(clip, 20)
+    modules = {name: PATCHED["lora"][name] for name in ("encoder.block.0.layer.0.SelfAttention.q", "shared")}
+    patches = {key: adapter for key, ((_, adapter, *_),) in patched(clip, "lora", 1, modules).patcher.patches.items()}
+    hook = comfy.hooks.WeightHook(strength_model=1.0, strength_clip=0.7)
+    hook.weights = hook.weights_clip = patches
+    hook.need_weight_init = False
+    hooks = comfy.hooks.HookGroup()
+    hooks.add(hook)
+    for strength in (0.0, 0.5):
+        with_lora = patched(clip, "lora", strength, modules) if strength else clip
+        (hooked,) = SetClipHooks().apply_hooks(with_lora, False, True, hooks)
+        assert hooked.patcher.model is hooked.cond_stage_model
+        expected = patched(clip, "lora", strength + 0.7, modules).encode_from_tokens(tokens)
+        assert relative_error(hooked.encode_from_tokens(tokens), expected) < 1e-5
+        assert relative_error(clip.encode_from_tokens(tokens), expected) > 1e-4
 
 
 def test_a_saved_encoder_is_dense_and_has_its_patches(tmp_path, monkeypatch):
