@@ -26,6 +26,7 @@ def _enter_host(host: Host) -> None:
 
     args.base_directory = str(base)
     args.cpu = "--cpu" in device_arguments()
+    import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
 
 
 _enter_host(HOSTS[0])

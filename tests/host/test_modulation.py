@@ -5,7 +5,6 @@ import comfy.samplers
 import comfy.sd
 import pytest
 import torch
-import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
 from auraflow_gguf.loader import modulation
 from auraflow_gguf.loader.model import load_model
 from auraflow_gguf.loader.modulation import MAX_ROWS, WRAPPER_KEY, mapped_linears, table_of, without_cache

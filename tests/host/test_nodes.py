@@ -7,7 +7,6 @@ import shutil
 import folder_paths
 import pytest
 import torch
-import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
 from auraflow_gguf import comfy_entrypoint
 from auraflow_gguf.devtools import random_models
 from auraflow_gguf.loader.errors import ModelFileError

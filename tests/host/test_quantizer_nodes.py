@@ -9,7 +9,6 @@ import comfy.sd
 import folder_paths
 import pytest
 import torch
-import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
 from auraflow_gguf.devtools import random_models
 from auraflow_gguf.loader.errors import ModelFileError
 from auraflow_gguf.loader.gguf_file import open_gguf

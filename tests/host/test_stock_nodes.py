@@ -5,7 +5,6 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-import utils.extra_config  # noqa: F401 (as main.py does, before ComfyUI's nodes put another utils on sys.path)
 from auraflow_gguf.loader.layout import is_packed
 from auraflow_gguf.loader.model import load_model
 from comfy.ldm.modules.attention import attention_pytorch
