@@ -46,7 +46,7 @@ _SUFFIX = re.compile(
     r"|\.oft_(blocks|diag)|\.rescale|\.alpha|\.dora_scale|\.diff(_b)?|\.set_weight|\.reshape_weight)$"
 )
 
-# PEFT's name of an adapter, mostly "default", which ComfyUI does not expect.
+# PEFT's name of an adapter; ComfyUI expects "default" or none.
 _ADAPTER = re.compile(r"(?<=\.lora_[AB])\.\w+(?=\.weight$)")
 
 # LoRAs of other models, by a name that only they have; the first that fits.
@@ -117,7 +117,8 @@ def load_lora(model: ModelPatcher, path: str | os.PathLike, strength: float) -> 
 
     Raises:
         ValueError: when the model is not AuraFlow.
-        ModelFileError: when the file is no LoRA, or none of its modules is in the model.
+        ModelFileError: when the file cannot be read, is no LoRA, has no module that is in the model, or has some that
+            are another model's.
     """
     if not isinstance(model.model, AuraFlow):
         raise ValueError(f"The model is {type(model.model).__name__}, not AuraFlow: connect an AuraFlow model.")

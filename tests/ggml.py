@@ -150,6 +150,16 @@ def load(version: str = NEWEST) -> Ggml:
     return Ggml(folder / LIBRARY)
 
 
+def load_or_skip(version: str = NEWEST) -> Ggml:
+    """The library, for a test, which is skipped with the reason where it cannot be had."""
+    import pytest  # benchmarks, which load the library too, do without
+
+    try:
+        return load(version)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
 def _fetch(version: str, folder: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
