@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s", level=logging.INFO, stream=sys.stderr)
-    from .loader.errors import ModelFileError
+    from .loader.files.errors import ModelFileError
 
     try:
         return options.command(options, parser)
@@ -175,14 +175,14 @@ def _verify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 
 
 def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from .quantizer.comparison import compare
+    from .quantizer.quality.comparison import compare
 
     inputs = _inputs(options, parser) if options.forward else None
     with _ProgressLine() as progress:
         everything, differences = compare(options.a, options.b, progress=progress)
     report = {"all": dataclasses.asdict(everything), "tensors": [dataclasses.asdict(entry) for entry in differences]}
     if options.forward:
-        from .quantizer.evaluation import output_errors
+        from .quantizer.quality.evaluation import output_errors
 
         report["forward"] = output_errors(options.a, options.b, inputs)
     if options.json:
@@ -201,8 +201,8 @@ def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
 
 def _sensitivity(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .quantizer.quality.sensitivity import QUANT_TYPES, sensitivity
     from .quantizer.recipe import NEEDS_IMATRIX, RECIPES
-    from .quantizer.sensitivity import QUANT_TYPES, sensitivity
 
     types = [name.upper() for name in options.type or MEASURED_TYPES]
     measurable = [name for name in RECIPES if name in QUANT_TYPES and name not in NEEDS_IMATRIX]
@@ -240,7 +240,7 @@ def _migrate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 def _inputs(options: argparse.Namespace, parser: argparse.ArgumentParser):
     import torch
 
-    from .quantizer.evaluation import Inputs
+    from .quantizer.quality.evaluation import Inputs
 
     if options.size < 2 or options.size % 2:
         parser.error(f"--size {options.size}: a latent's size is even and at least 2.")
@@ -260,7 +260,7 @@ def _inputs(options: argparse.Namespace, parser: argparse.ArgumentParser):
 
 
 def _compile(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from .loader.native.build import BuildError, build
+    from .loader.kernels.native.build import BuildError, build
 
     try:
         for path in build():

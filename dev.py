@@ -79,7 +79,7 @@ def register_pack() -> None:
 
 def compile_native() -> None:
     """The C for CPUs; where there is no compiler for it, everything does without."""
-    from auraflow_gguf.loader.native import build
+    from auraflow_gguf.loader.kernels.native import build
 
     try:
         build.build()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .loader.errors import ModelFileError
+from .loader.files.errors import ModelFileError
 
 Json = dict[str, Any]
 

@@ -10,7 +10,7 @@ import torch
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 
-from ..loader.model import load_model
+from ..loader.comfyui.model import load_model
 from ..tests.host.aura_files import make_gguf
 from ..tests.host.forward import forward, sampler_options
 from .measure import side_by_side

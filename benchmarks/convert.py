@@ -22,10 +22,10 @@ import numpy as np
 
 from ..devtools.cache import cache_folder
 from ..devtools.random_models import make_auraflow
-from ..loader.architecture import match
-from ..loader.auraflow import AURAFLOW
+from ..loader.files.auraflow import AURAFLOW
+from ..loader.files.matching import match
 from ..loader.quant_types.base import QuantType
-from ..quantizer.checkpoint import open_checkpoint
+from ..quantizer.checkpoints import open_checkpoint
 from ..quantizer.recipe import RECIPES
 from ..tests import ggml
 from .measure import Ratio, seconds

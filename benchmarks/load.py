@@ -9,9 +9,9 @@ import torch
 
 from ..devtools.cache import cache_folder, locked
 from ..devtools.random_models import make_packed_auraflow
-from ..loader.auraflow import AURAFLOW
-from ..loader.model import load_model
-from ..loader.weights import open_checked
+from ..loader.comfyui.model import load_model
+from ..loader.files.auraflow import AURAFLOW
+from ..loader.weights.state_dict import open_checked
 from ..quantizer.recipe import recipe_for
 from .measure import anonymous_bytes, seconds
 

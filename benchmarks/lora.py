@@ -8,7 +8,7 @@ import comfy.lora
 import comfy.model_management
 import torch
 
-from ..loader.model import load_model
+from ..loader.comfyui.model import load_model
 from ..tests.host.aura_files import load_dense, make_gguf
 from ..tests.host.forward import forward
 from .measure import Ratio, side_by_side

@@ -11,7 +11,7 @@ import comfy.cli_args
 import torch
 
 from ..devtools.server import ROOT
-from ..loader.model import load_model
+from ..loader.comfyui.model import load_model
 from ..tests.host.aura_files import make_gguf
 from ..tests.host.forward import CPU, forward
 from .load import full_size_file

@@ -7,8 +7,8 @@ from dataclasses import asdict
 import comfy.model_management
 import torch
 
-from ..loader.model import load_model
-from ..loader.modulation import mapped_bytes, table_of
+from ..loader.comfyui.model import load_model
+from ..loader.comfyui.modulation import mapped_bytes, table_of
 from ..tests.host.aura_files import make_gguf
 from ..tests.host.forward import forward, sampler_options
 from .load import full_size_file

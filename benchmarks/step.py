@@ -7,7 +7,7 @@ from dataclasses import asdict
 import comfy.model_management
 import torch
 
-from ..loader.model import load_model
+from ..loader.comfyui.model import load_model
 from ..tests.host.aura_files import load_dense, make_gguf
 from ..tests.host.forward import forward, sampler_options
 from .measure import anonymous_bytes, side_by_side

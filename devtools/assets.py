@@ -16,9 +16,9 @@ from PIL import Image
 from . import locales, templates
 from .browser import Editor, browser, frontend_arguments
 from .hosts import Host, newest
-from .quick import example_picture
 from .random_models import write_hollow
 from .server import ROOT, Server
+from .small_workflows import example_picture
 
 SNAPSHOT = ROOT / "tests" / "host" / "object_info.json"
 HELP_PICTURES = ROOT / "web" / "docs" / "images"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ..loader.diffusers import load_diffusers_transformer
+from ..loader.diffusers.transformer import load_diffusers_transformer
 
 SHIFT = 1.73
 """AuraFlow's shift of the noise schedule towards high noise."""

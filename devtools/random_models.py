@@ -16,9 +16,10 @@ import gguf
 import numpy as np
 import torch
 
-from ..loader.architecture import NATIVE, Architecture, Match, Size, annotations, match
-from ..loader.auraflow import AURAFLOW
-from ..loader.pile_t5 import HEAD_SIZE, PILE_T5_XL, STACK
+from ..loader.files.architecture import NATIVE, Architecture, Size
+from ..loader.files.auraflow import AURAFLOW
+from ..loader.files.matching import Match, annotations, match
+from ..loader.files.pile_t5 import HEAD_SIZE, PILE_T5_XL, STACK
 from ..loader.quant_types.base import QuantType
 from ..quantizer.convert import CHUNK, convert
 from ..quantizer.quantize import quantize

@@ -9,7 +9,7 @@ import comfy.text_encoders.aura_t5
 import folder_paths
 from comfy_api.latest import io, ui
 
-from ..loader.parts import PARTS
+from ..loader.files.parts import PARTS
 from ..quantizer.recipe import RECIPES
 from .feedback import show_line, shown_progress
 from .folders import MODEL_FOLDER, TEXT_ENCODER_FOLDER, fingerprint

@@ -11,8 +11,8 @@ from comfy_api.latest import io, ui
 
 from nodes import common_ksampler
 
-from ..loader.errors import ModelFileError
-from ..loader.modulation import without_cache
+from ..loader.comfyui.modulation import without_cache
+from ..loader.files.errors import ModelFileError
 from ..quantizer.imatrix import ImportanceMatrix, read_imatrix, write_imatrix
 from .feedback import show_line
 

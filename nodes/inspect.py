@@ -7,7 +7,7 @@ import dataclasses
 import folder_paths
 from comfy_api.latest import io
 
-from ..loader.errors import ModelFileError
+from ..loader.files.errors import ModelFileError
 from ..quantizer.inspection import Description, describe, report, verify
 from .feedback import shown_progress
 from .folders import MODEL_FOLDER, TEXT_ENCODER_FOLDER, fingerprint

@@ -7,7 +7,7 @@ import logging
 import folder_paths
 from comfy_api.latest import io
 
-from ..loader.lora import load_lora
+from ..loader.comfyui.lora import load_lora
 from .feedback import show_line
 from .folders import fingerprint
 

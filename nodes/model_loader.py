@@ -6,7 +6,7 @@ import folder_paths
 import torch
 from comfy_api.latest import io
 
-from ..loader.model import load_model
+from ..loader.comfyui.model import load_model
 from .folders import MODEL_FOLDER, fingerprint
 
 _COMPUTE_DTYPES = {

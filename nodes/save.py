@@ -11,11 +11,11 @@ import torch
 from comfy.model_patcher import ModelPatcher, get_key_weight
 from comfy_api.latest import io, ui
 
-from ..loader.layout import is_packed
 from ..loader.quant_types import QUANT_TYPES
 from ..loader.quant_types.base import QuantType
-from ..loader.weights import DENSE_DTYPES
-from ..quantizer.checkpoint import Checkpoint
+from ..loader.weights.layout import is_packed
+from ..loader.weights.state_dict import DENSE_DTYPES
+from ..quantizer.checkpoints import Checkpoint
 from ..quantizer.recipe import recipe_for
 from .convert import rules, tensor_types_input, type_input
 from .feedback import show_line, shown_progress

@@ -5,7 +5,7 @@ from __future__ import annotations
 import folder_paths
 from comfy_api.latest import io
 
-from ..loader.text_encoder import load_text_encoder
+from ..loader.comfyui.text_encoder import load_text_encoder
 from .folders import TEXT_ENCODER_FOLDER, fingerprint
 
 

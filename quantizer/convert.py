@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ..loader.architecture import Match, Source, annotations, listed, match
-from ..loader.errors import ModelFileError
-from ..loader.parts import PARTS, part_of
-from ..loader.pile_t5 import PILE_T5_XL
-from .checkpoint import Checkpoint, open_checkpoint, swap_halves
+from ..loader.files.errors import ModelFileError, listed
+from ..loader.files.matching import Match, Source, annotations, match
+from ..loader.files.parts import PARTS, part_of
+from ..loader.files.pile_t5 import PILE_T5_XL
+from .checkpoints import Checkpoint, open_checkpoint, swap_halves
 from .imatrix import ImportanceMatrix, check_imatrix, read_imatrix
 from .quantize import quantize
 from .recipe import NEEDS_IMATRIX, Recipe, recipe_for

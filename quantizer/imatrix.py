@@ -21,8 +21,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from ..loader.errors import ModelFileError
-from ..loader.gguf_file import GGUFFile, open_gguf
+from ..loader.files.errors import ModelFileError
+from ..loader.files.gguf_file import GGUFFile, open_gguf
 from ..loader.quant_types import QUANT_TYPES
 from .writer import TensorSpec, write_gguf
 

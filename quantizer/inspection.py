@@ -10,11 +10,11 @@ from fnmatch import fnmatchcase
 import gguf
 import torch
 
-from ..loader.architecture import Match, annotations, match
-from ..loader.auraflow import AURAFLOW
-from ..loader.gguf_file import GGUFFile, TensorInfo, open_gguf
-from ..loader.parts import part_of
-from ..loader.pile_t5 import PILE_T5_XL
+from ..loader.files.auraflow import AURAFLOW
+from ..loader.files.gguf_file import GGUFFile, TensorInfo, open_gguf
+from ..loader.files.matching import Match, annotations, match
+from ..loader.files.parts import part_of
+from ..loader.files.pile_t5 import PILE_T5_XL
 
 # Of each model; the first pattern that fits a native name decides.
 GROUPS = {

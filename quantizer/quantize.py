@@ -12,7 +12,7 @@ except ModuleNotFoundError as error:
         "Making GGUF files needs ggml's quantizers: pip install libgguf", name="libgguf"
     ) from error
 
-from ..loader import native
+from ..loader.kernels import native
 from ..loader.kernels.cpu import in_tiles
 from ..loader.quant_types.base import QuantType
 

@@ -10,7 +10,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..loader.errors import ModelFileError
+from ..loader.files.errors import ModelFileError
 
 PREFIX = "tokenizer."
 TOKENS = "tokenizer.ggml.tokens"

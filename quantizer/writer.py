@@ -21,7 +21,7 @@ import struct
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from ..loader.errors import ModelFileError
+from ..loader.files.errors import ModelFileError
 from ..loader.quant_types.base import QuantType
 
 ALIGNMENT = 32

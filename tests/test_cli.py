@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from auraflow_gguf import cli
 from auraflow_gguf.devtools.random_models import native_shapes, random_weight
-from auraflow_gguf.loader.parts import PARTS
-from auraflow_gguf.loader.pile_t5 import PILE_T5_XL
+from auraflow_gguf.loader.files.parts import PARTS
+from auraflow_gguf.loader.files.pile_t5 import PILE_T5_XL
 from auraflow_gguf.quantizer import convert, inspection
 from auraflow_gguf.quantizer.imatrix import ImportanceMatrix, write_imatrix
 from safetensors.torch import save_file
@@ -172,14 +172,22 @@ def test_a_wrong_command_line_exits_with_2(source, arguments, message, capsys):
 @pytest.mark.parametrize(
     ("package", "modules", "arguments"),
     [
-        ("libgguf", ("convert", "quantize"), ["convert", "aura.safetensors", "a.gguf", "--type", "Q8_0"]),
-        ("diffusers", ("evaluation", "sensitivity"), ["sensitivity", "aura.safetensors"]),
+        (
+            "libgguf",
+            ("quantizer.convert", "quantizer.quantize"),
+            ["convert", "aura.safetensors", "a.gguf", "--type", "Q8_0"],
+        ),
+        (
+            "diffusers",
+            ("loader.diffusers.transformer", "quantizer.quality.evaluation", "quantizer.quality.sensitivity"),
+            ["sensitivity", "aura.safetensors"],
+        ),
     ],
 )
 def test_a_missing_package_is_said(source, monkeypatch, capsys, package, modules, arguments):
     monkeypatch.setitem(sys.modules, package, None)
     for module in modules:
-        monkeypatch.delitem(sys.modules, f"auraflow_gguf.quantizer.{module}", raising=False)
+        monkeypatch.delitem(sys.modules, f"auraflow_gguf.{module}", raising=False)
     with pytest.raises(SystemExit) as stop:
         cli.main(arguments)
     assert stop.value.code == 2

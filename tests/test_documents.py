@@ -16,8 +16,8 @@ import pytest
 from auraflow_gguf import cli
 from auraflow_gguf.devtools.random_models import full_size
 from auraflow_gguf.devtools.tiers import TIERS
-from auraflow_gguf.loader.auraflow import AURAFLOW
-from auraflow_gguf.loader.parts import PARTS
+from auraflow_gguf.loader.files.auraflow import AURAFLOW
+from auraflow_gguf.loader.files.parts import PARTS
 from safetensors.torch import save_file
 
 import dev

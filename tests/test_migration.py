@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from auraflow_gguf import cli
-from auraflow_gguf.loader.errors import ModelFileError
+from auraflow_gguf.loader.files.errors import ModelFileError
 from auraflow_gguf.migration import migrate
 
 PROMPT = {

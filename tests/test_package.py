@@ -33,7 +33,7 @@ AT_THE_TOP = {
     "requirements.txt",
     "web",
 }
-COMPILES = "loader/native/build.py"  # the one file that starts a program, and only the command line imports it
+COMPILES = "loader/kernels/native/build.py"  # the one file that starts a program, and only the command line imports it
 SUFFIXES = {".c", ".css", ".h", ".jpg", ".js", ".json", ".md", ".png", ".py", ".toml", ".txt", ""}
 
 
@@ -108,7 +108,7 @@ def test_it_works_by_itself(package):
     )
     ran = subprocess.run([sys.executable, "-B", "-c", script], cwd=package, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert {"loader.gguf_file", "quantizer.convert"} <= set(ran.stdout.split())
+    assert {"loader.files.gguf_file", "quantizer.convert"} <= set(ran.stdout.split())
 
 
 def test_the_registry_s_fields_are_those_of_the_project(package):

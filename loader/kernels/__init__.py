@@ -1,10 +1,15 @@
-"""A packed weight dequantized, or its matrix product, in the way that suits the device."""
+"""A packed weight dequantized, or its matrix product, in the way that suits the device.
+
+Under torch.compile the product is an operator of its own, ``auraflow_gguf::linear``, which the compiler calls and does
+not look into: so it neither breaks the graph nor depends on the number of rows. A weight that is only dequantized goes
+to the compiler as torch's operations.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from ..quant_types import QuantType
+from ..quant_types import QUANT_TYPES, QuantType
 from . import cpu, gpu
 
 
@@ -22,13 +27,37 @@ def packed_linear(
     Returns:
         ``(…, out_features)`` in ``input``'s dtype.
     """
+    if torch.is_grad_enabled() and input.requires_grad:
+        # The backward pass needs the dense weight, as a tensor of its own.
+        return torch.nn.functional.linear(input, quant_type.dequantize(packed, input.dtype), bias)
+    if torch.compiler.is_compiling():
+        return _linear_operator(input, packed, quant_type.name, bias)
     if input.device.type == "cpu":
         return cpu.linear(input, packed, quant_type, bias)
     return gpu.linear(input, packed, quant_type, bias)
 
 
+@torch.library.custom_op(
+    "auraflow_gguf::linear",
+    mutates_args=(),
+    schema="(Tensor input, Tensor packed, str quant_type, Tensor? bias) -> Tensor",
+)
+def _linear_operator(input, packed, quant_type, bias):
+    if input.device.type == "cpu":
+        return cpu.linear(input, packed, QUANT_TYPES[quant_type], bias)
+    # The compiler may run this while it records a CUDA graph, or warms up for it, in memory that is the graph's.
+    return gpu.linear(input, packed, QUANT_TYPES[quant_type], bias, reuse_buffer=False)
+
+
+@_linear_operator.register_fake
+def _(input, packed, quant_type, bias):
+    return input.new_empty(*input.shape[:-1], packed.shape[0])
+
+
 def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) -> torch.Tensor:
     """``QuantType.dequantize`` of ``(rows, row_bytes) uint8``, in the way that suits the device; the same bits."""
+    if torch.compiler.is_compiling():
+        return quant_type.dequantize(packed, dtype)
     if packed.device.type == "cpu":
         return cpu.dequantize(packed, quant_type, dtype)
     return gpu.dequantize(packed, quant_type, dtype)

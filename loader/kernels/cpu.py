@@ -4,8 +4,6 @@ A dense copy of a whole weight costs more in page faults than its dequantization
 costs neither. Threads that share no product do not wait for each other at its end either, as torch's do. libgguf
 dequantizes where it is installed, our own C where that is faster and there is a compiler for it, torch where there is
 neither: the same numbers.
-
-Under torch.compile the product is an operator of its own, as it is on a GPU.
 """
 
 from __future__ import annotations
@@ -24,8 +22,8 @@ try:
 except ImportError:
     threadpool_limits = None
 
-from .. import native
-from ..quant_types import QUANT_TYPES, STORED_DTYPES, QuantType
+from ..quant_types import STORED_DTYPES, QuantType
+from . import native
 
 # Bytes of a thread's float32 tile: small enough for its core's cache, and large enough for an efficient product.
 TILE_BYTES = 4 * 1024 * 1024
@@ -49,17 +47,6 @@ def linear(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bia
     Returns:
         ``(…, out_features)`` in ``input``'s dtype.
     """
-    if torch.is_grad_enabled() and input.requires_grad:
-        # The backward pass needs the dense weight.
-        return torch.nn.functional.linear(input, quant_type.dequantize(packed, input.dtype), bias)
-    if torch.compiler.is_compiling():
-        return _linear_operator(input, packed, quant_type.name, bias)
-    return _linear(input, packed, quant_type, bias)
-
-
-def _linear(
-    input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bias: torch.Tensor | None
-) -> torch.Tensor:
     if STORED_DTYPES.get(quant_type.name) == input.dtype:
         return torch.nn.functional.linear(input, packed.view(input.dtype), bias)
     columns = input.shape[-1]
@@ -79,20 +66,6 @@ def _linear(
     return out.view(*input.shape[:-1], rows)
 
 
-@torch.library.custom_op(
-    "auraflow_gguf::linear_on_cpu",
-    mutates_args=(),
-    schema="(Tensor input, Tensor packed, str quant_type, Tensor? bias) -> Tensor",
-)
-def _linear_operator(input, packed, quant_type, bias):
-    return _linear(input, packed, QUANT_TYPES[quant_type], bias)
-
-
-@_linear_operator.register_fake
-def _(input, packed, quant_type, bias):
-    return input.new_empty(*input.shape[:-1], packed.shape[0])
-
-
 def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) -> torch.Tensor:
     """``QuantType.dequantize``, bit by bit the same, on every core.
 
@@ -103,7 +76,7 @@ def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) 
     Returns:
         ``(rows, columns)``; shares ``packed``'s memory where that holds numbers of ``dtype``.
     """
-    if torch.compiler.is_compiling() or quant_type.name in STORED_DTYPES:
+    if quant_type.name in STORED_DTYPES:
         return quant_type.dequantize(packed, dtype)
     rows = packed.shape[0]
     columns = packed.shape[1] // quant_type.type_size * quant_type.block_size

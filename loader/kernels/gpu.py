@@ -2,10 +2,6 @@
 
 Where Triton is missing (Windows without it, Apple) or does not work (a version before 3.3, old GPUs, no C compiler),
 torch dequantizes, in several passes: the same numbers. That is said once. Nothing here waits for the device.
-
-Under torch.compile the product is an operator of its own, ``auraflow_gguf::linear``, which the compiler calls and does
-not look into: so it neither breaks the graph nor depends on the number of rows. A weight that is only dequantized
-goes to the compiler as torch's operations.
 """
 
 from __future__ import annotations
@@ -18,7 +14,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..quant_types import QUANT_TYPES, STORED_DTYPES, QuantType
+from ..quant_types import STORED_DTYPES, QuantType
 
 logger = logging.getLogger(__name__)
 
@@ -32,44 +28,26 @@ _buffers = threading.local()
 _without_triton: set[torch.device] = set()
 
 
-def linear(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bias: torch.Tensor | None) -> torch.Tensor:
+def linear(
+    input: torch.Tensor,
+    packed: torch.Tensor,
+    quant_type: QuantType,
+    bias: torch.Tensor | None,
+    *,
+    reuse_buffer: bool = True,
+) -> torch.Tensor:
     """``input @ dequantize(packed).T + bias``.
 
     Args:
         input: ``(…, in_features)``, float32, float16 or bfloat16.
         packed: ``(out_features, row_bytes) uint8`` on ``input``'s device.
         bias: ``(out_features,)`` or None.
+        reuse_buffer: whether the dense weight may be written where the last one was.
 
     Returns:
         ``(…, out_features)`` in ``input``'s dtype.
     """
-    if torch.is_grad_enabled() and input.requires_grad:
-        # The backward pass needs the dense weight: it must be a tensor of its own.
-        return torch.nn.functional.linear(input, quant_type.dequantize(packed, input.dtype), bias)
-    if torch.compiler.is_compiling():
-        return _linear_operator(input, packed, quant_type.name, bias)
-    return _linear(input, packed, quant_type, bias, reuse_buffer=not _is_captured(input.device))
-
-
-def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) -> torch.Tensor:
-    """``QuantType.dequantize``, bit by bit the same, in one launch where Triton works.
-
-    Args:
-        packed: ``(rows, row_bytes) uint8`` on a GPU.
-        dtype: float32, float16 or bfloat16.
-
-    Returns:
-        ``(rows, columns)``; shares ``packed``'s memory where that holds numbers of ``dtype``.
-    """
-    if torch.compiler.is_compiling():
-        return quant_type.dequantize(packed, dtype)
-    with _current(packed.device):
-        return _dense(packed, quant_type, dtype, torch.empty)
-
-
-def _linear(
-    input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bias: torch.Tensor | None, *, reuse_buffer: bool
-) -> torch.Tensor:
+    reuse_buffer = reuse_buffer and not _is_captured(input.device)
     with _current(input.device):
         kernels = _kernels(quant_type, input.device)
         x = input.reshape(-1, input.shape[-1])
@@ -82,6 +60,20 @@ def _linear(
                 return out.view(*input.shape[:-1], len(packed))
         weight = _dense(packed, quant_type, input.dtype, _buffer if reuse_buffer else torch.empty)
         return torch.nn.functional.linear(input, weight, bias)
+
+
+def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) -> torch.Tensor:
+    """``QuantType.dequantize``, bit by bit the same, in one launch where Triton works.
+
+    Args:
+        packed: ``(rows, row_bytes) uint8`` on a GPU.
+        dtype: float32, float16 or bfloat16.
+
+    Returns:
+        ``(rows, columns)``; shares ``packed``'s memory where that holds numbers of ``dtype``.
+    """
+    with _current(packed.device):
+        return _dense(packed, quant_type, dtype, torch.empty)
 
 
 def _dense(
@@ -177,18 +169,3 @@ def _current(device: torch.device) -> contextlib.AbstractContextManager:
 def _is_captured(device: torch.device) -> bool:
     """Whether a CUDA graph is recorded, whose memory must be its own."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-
-
-@torch.library.custom_op(
-    "auraflow_gguf::linear",
-    mutates_args=(),
-    schema="(Tensor input, Tensor packed, str quant_type, Tensor? bias) -> Tensor",
-)
-def _linear_operator(input, packed, quant_type, bias):
-    # The compiler may run this while it records a CUDA graph, or warms up for it, in memory that is the graph's.
-    return _linear(input, packed, QUANT_TYPES[quant_type], bias, reuse_buffer=False)
-
-
-@_linear_operator.register_fake
-def _(input, packed, quant_type, bias):
-    return input.new_empty(*input.shape[:-1], packed.shape[0])

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from auraflow_gguf.devtools import quick
+from auraflow_gguf.devtools import small_workflows as quick
 from auraflow_gguf.devtools.browser import TIMEOUT_MS, Editor, browser, frontend_arguments
 from auraflow_gguf.devtools.cache import cache_folder
 from auraflow_gguf.devtools.hosts import find_hosts

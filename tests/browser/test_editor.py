@@ -8,9 +8,9 @@ import re
 import pytest
 from auraflow_gguf.devtools import locales, templates
 from auraflow_gguf.devtools.browser import Editor
-from auraflow_gguf.devtools.quick import small
 from auraflow_gguf.devtools.random_models import cached_auraflow, cached_checkpoint, cached_text_encoder
 from auraflow_gguf.devtools.server import ROOT, Server, Workflow, load_workflow
+from auraflow_gguf.devtools.small_workflows import small
 from playwright.sync_api import Locator, expect
 
 from .conftest import BAD_FILE

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from auraflow_gguf.loader import gguf_file
-from auraflow_gguf.loader.errors import ModelFileError
-from auraflow_gguf.loader.gguf_file import GGUFFile, open_gguf
+from auraflow_gguf.loader.files import gguf_file
+from auraflow_gguf.loader.files.errors import ModelFileError
+from auraflow_gguf.loader.files.gguf_file import GGUFFile, open_gguf
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 
-from ..loader.gguf_bytes import (
+from ..loader.files.gguf_bytes import (
     ARRAY,
     BOOL,
     F32,

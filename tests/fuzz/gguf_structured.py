@@ -7,7 +7,7 @@ import math
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from hypothesis import strategies as st
 
-from ..loader.gguf_bytes import (
+from ..loader.files.gguf_bytes import (
     ARRAY,
     BOOL,
     F32,

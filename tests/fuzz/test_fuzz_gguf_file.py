@@ -1,10 +1,10 @@
 """The reader against 20,000 broken and valid files: it gives a right result or its own error."""
 
 import pytest
-from auraflow_gguf.loader.gguf_file import open_gguf
+from auraflow_gguf.loader.files.gguf_file import open_gguf
 from hypothesis import given, settings
 
-from ..loader.gguf_bytes import ARRAY, gguf_bytes
+from ..loader.files.gguf_bytes import ARRAY, gguf_bytes
 from .gguf_mutator import PART_NAMES, Report, check, fuzz, traced_memory
 from .gguf_structured import descriptions, lies
 

@@ -16,9 +16,9 @@ import torch
 from auraflow_gguf.devtools import random_models
 from auraflow_gguf.devtools.cache import cache_folder, locked
 from auraflow_gguf.devtools.server import ROOT
-from auraflow_gguf.loader.auraflow import AURAFLOW
-from auraflow_gguf.loader.gguf_file import open_gguf
-from auraflow_gguf.loader.pile_t5 import PILE_T5_XL, STACK
+from auraflow_gguf.loader.files.auraflow import AURAFLOW
+from auraflow_gguf.loader.files.gguf_file import open_gguf
+from auraflow_gguf.loader.files.pile_t5 import PILE_T5_XL, STACK
 from auraflow_gguf.quantizer.convert import convert
 from auraflow_gguf.quantizer.recipe import recipe_for
 from comfy.text_encoders.aura_t5 import AuraT5Model, AuraT5Tokenizer
@@ -88,7 +88,7 @@ def _remove_older(versions: Iterable[Path], keep: int = 2) -> None:
 @functools.cache
 def _code_hash() -> str:
     """Of the code that makes the files, so that a change of it makes new ones."""
-    sources = [*ROOT.glob("quantizer/*.py"), ROOT / "devtools" / "random_models.py"]
+    sources = [*ROOT.glob("quantizer/**/*.py"), ROOT / "devtools" / "random_models.py"]
     digest = hashlib.sha256()
     for source in sorted(sources):
         digest.update(source.read_bytes())

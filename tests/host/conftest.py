@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from auraflow_gguf.devtools import quick
+from auraflow_gguf.devtools import small_workflows as quick
 from auraflow_gguf.devtools.cache import cache_folder
 from auraflow_gguf.devtools.hosts import Host, find_hosts
 from auraflow_gguf.devtools.server import ROOT, Server, device_arguments

@@ -4,10 +4,10 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from auraflow_gguf.loader.auraflow import AURAFLOW
-from auraflow_gguf.loader.errors import ModelFileError
-from auraflow_gguf.loader.lora import load_lora
-from auraflow_gguf.loader.model import load_model
+from auraflow_gguf.loader.comfyui.lora import load_lora
+from auraflow_gguf.loader.comfyui.model import load_model
+from auraflow_gguf.loader.files.auraflow import AURAFLOW
+from auraflow_gguf.loader.files.errors import ModelFileError
 from comfy.model_patcher import ModelPatcher
 from safetensors.torch import save_file
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import comfy.model_management
 import pytest
 from auraflow_gguf.benchmarks.measure import anonymous_bytes
-from auraflow_gguf.loader.model import load_model
+from auraflow_gguf.loader.comfyui.model import load_model
 
 from .aura_files import make_gguf
 from .sampling import sample

@@ -5,9 +5,9 @@ import comfy.samplers
 import comfy.sd
 import pytest
 import torch
-from auraflow_gguf.loader import modulation
-from auraflow_gguf.loader.model import load_model
-from auraflow_gguf.loader.modulation import MAX_ROWS, WRAPPER_KEY, mapped_linears, table_of, without_cache
+from auraflow_gguf.loader.comfyui import modulation
+from auraflow_gguf.loader.comfyui.model import load_model
+from auraflow_gguf.loader.comfyui.modulation import MAX_ROWS, WRAPPER_KEY, mapped_linears, table_of, without_cache
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import WrappersMP
 from comfy_api.torch_helpers import set_torch_compile_wrapper

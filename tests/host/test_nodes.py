@@ -9,7 +9,7 @@ import pytest
 import torch
 from auraflow_gguf import comfy_entrypoint
 from auraflow_gguf.devtools import random_models
-from auraflow_gguf.loader.errors import ModelFileError
+from auraflow_gguf.loader.files.errors import ModelFileError
 from auraflow_gguf.nodes.folders import register_gguf_folders
 
 from .aura_files import make_gguf

@@ -4,9 +4,9 @@ import comfy.memory_management
 import comfy.model_management
 import pytest
 import torch
-from auraflow_gguf.loader.layout import is_packed
-from auraflow_gguf.loader.model import load_model
-from auraflow_gguf.loader.ops import GGUFOps
+from auraflow_gguf.loader.comfyui.model import load_model
+from auraflow_gguf.loader.comfyui.ops import GGUFOps
+from auraflow_gguf.loader.weights.layout import is_packed
 from comfy_kitchen.tensor import QuantizedTensor
 
 from .aura_files import make_gguf

@@ -6,9 +6,9 @@ import comfy.lora
 import comfy.model_management
 import pytest
 import torch
-from auraflow_gguf.loader.layout import is_packed
-from auraflow_gguf.loader.model import load_model
-from auraflow_gguf.loader.patcher import GGUFModelPatcher, WeightPatches
+from auraflow_gguf.loader.comfyui.model import load_model
+from auraflow_gguf.loader.comfyui.patcher import GGUFModelPatcher, WeightPatches
+from auraflow_gguf.loader.weights.layout import is_packed
 
 from .aura_files import load_dense, make_gguf
 from .forward import CPU, MODES, forward, loaded

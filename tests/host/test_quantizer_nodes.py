@@ -10,10 +10,10 @@ import folder_paths
 import pytest
 import torch
 from auraflow_gguf.devtools import random_models
-from auraflow_gguf.loader.errors import ModelFileError
-from auraflow_gguf.loader.gguf_file import open_gguf
-from auraflow_gguf.loader.model import load_model
-from auraflow_gguf.loader.parts import PARTS
+from auraflow_gguf.loader.comfyui.model import load_model
+from auraflow_gguf.loader.files.errors import ModelFileError
+from auraflow_gguf.loader.files.gguf_file import open_gguf
+from auraflow_gguf.loader.files.parts import PARTS
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.nodes import AuraFlowGGUFExtension
 from auraflow_gguf.nodes.convert import AuraFlowGGUFConvert

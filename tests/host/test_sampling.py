@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from auraflow_gguf.loader.layout import is_packed
-from auraflow_gguf.loader.model import load_model
+from auraflow_gguf.loader.comfyui.model import load_model
+from auraflow_gguf.loader.weights.layout import is_packed
 
 from .aura_files import load_dense, make_gguf, respell
 from .sampling import relative_error, sample

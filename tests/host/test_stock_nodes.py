@@ -5,8 +5,8 @@ import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from auraflow_gguf.loader.layout import is_packed
-from auraflow_gguf.loader.model import load_model
+from auraflow_gguf.loader.comfyui.model import load_model
+from auraflow_gguf.loader.weights.layout import is_packed
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_model_advanced import ModelComputeDtype, ModelSamplingAuraFlow

@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import torch
 from auraflow_gguf.devtools import random_models
-from auraflow_gguf.loader.errors import ModelFileError
-from auraflow_gguf.loader.gguf_file import open_gguf
-from auraflow_gguf.loader.layout import is_packed
-from auraflow_gguf.loader.patcher import GGUFModelPatcher
-from auraflow_gguf.loader.pile_t5 import PILE_T5_XL
-from auraflow_gguf.loader.text_encoder import load_text_encoder
+from auraflow_gguf.loader.comfyui.patcher import GGUFModelPatcher
+from auraflow_gguf.loader.comfyui.text_encoder import load_text_encoder
+from auraflow_gguf.loader.files.errors import ModelFileError
+from auraflow_gguf.loader.files.gguf_file import open_gguf
+from auraflow_gguf.loader.files.pile_t5 import PILE_T5_XL
+from auraflow_gguf.loader.weights.layout import is_packed
 from comfy_extras.nodes_hooks import SetClipHooks
 from comfy_extras.nodes_model_merging import CLIPSave
 from safetensors.torch import load_file

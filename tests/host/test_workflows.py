@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 from auraflow_gguf.devtools import assets, locales, templates
-from auraflow_gguf.devtools.quick import LORA, small
 from auraflow_gguf.devtools.random_models import write_hollow
 from auraflow_gguf.devtools.server import ROOT, PromptError, Server, Workflow, load_workflow
-from auraflow_gguf.loader.gguf_file import open_gguf
+from auraflow_gguf.devtools.small_workflows import LORA, small
+from auraflow_gguf.loader.files.gguf_file import open_gguf
 from auraflow_gguf.migration import REPLACEMENTS
 from PIL import Image
 from safetensors.torch import save_file

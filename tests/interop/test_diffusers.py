@@ -4,8 +4,8 @@ import json
 
 import pytest
 import torch
-from auraflow_gguf.loader.diffusers import load_diffusers_transformer
-from auraflow_gguf.loader.layout import is_packed
+from auraflow_gguf.loader.diffusers.transformer import load_diffusers_transformer
+from auraflow_gguf.loader.weights.layout import is_packed
 from auraflow_gguf.quantizer.convert import convert
 from diffusers import AuraFlowTransformer2DModel, GGUFQuantizationConfig
 from safetensors.torch import save_file

@@ -3,9 +3,9 @@
 import gguf
 import pytest
 import torch
-from auraflow_gguf.loader.auraflow import AURAFLOW
-from auraflow_gguf.loader.diffusers import load_diffusers_transformer
-from auraflow_gguf.loader.gguf_file import open_gguf
+from auraflow_gguf.loader.diffusers.transformer import load_diffusers_transformer
+from auraflow_gguf.loader.files.auraflow import AURAFLOW
+from auraflow_gguf.loader.files.gguf_file import open_gguf
 from auraflow_gguf.quantizer.convert import convert
 from safetensors.torch import save_file
 

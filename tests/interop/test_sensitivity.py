@@ -5,11 +5,12 @@ from statistics import mean
 
 import pytest
 import torch
-from auraflow_gguf.loader.auraflow import AURAFLOW
-from auraflow_gguf.loader.parts import PARTS
-from auraflow_gguf.quantizer import comparison, convert, evaluation
-from auraflow_gguf.quantizer.evaluation import Inputs, output_errors
-from auraflow_gguf.quantizer.sensitivity import ALL, GROUPS, sensitivity
+from auraflow_gguf.loader.files.auraflow import AURAFLOW
+from auraflow_gguf.loader.files.parts import PARTS
+from auraflow_gguf.quantizer import convert
+from auraflow_gguf.quantizer.quality import comparison, evaluation
+from auraflow_gguf.quantizer.quality.evaluation import Inputs, output_errors
+from auraflow_gguf.quantizer.quality.sensitivity import ALL, GROUPS, sensitivity
 from safetensors.torch import save_file
 
 from ..quantizer.small_model import native_weights

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 
 import torch
-from auraflow_gguf.loader.architecture import match
-from auraflow_gguf.loader.auraflow import AURAFLOW
+from auraflow_gguf.loader.files.auraflow import AURAFLOW
+from auraflow_gguf.loader.files.matching import match
 from safetensors.torch import save_file
 
 HIDDEN, MLP, TEXT, POSITIONS = 256, 768, 128, 64

@@ -7,8 +7,8 @@ import libgguf
 import numpy as np
 import pytest
 import torch
-from auraflow_gguf.loader.errors import ModelFileError
-from auraflow_gguf.loader.gguf_file import open_gguf
+from auraflow_gguf.loader.files.errors import ModelFileError
+from auraflow_gguf.loader.files.gguf_file import open_gguf
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.quantizer.convert import convert
 from auraflow_gguf.quantizer.imatrix import ImportanceMatrix, read_imatrix, write_imatrix

@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from auraflow_gguf.loader.errors import ModelFileError
-from auraflow_gguf.loader.gguf_file import open_gguf
+from auraflow_gguf.loader.files.errors import ModelFileError
+from auraflow_gguf.loader.files.gguf_file import open_gguf
 from auraflow_gguf.quantizer import inspection
 from auraflow_gguf.quantizer.convert import convert
 from auraflow_gguf.quantizer.inspection import describe, verify

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from auraflow_gguf.loader import native
-from auraflow_gguf.loader.native import build
+from auraflow_gguf.loader.kernels import native
+from auraflow_gguf.loader.kernels.native import build
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.quantizer import convert as module
 from auraflow_gguf.quantizer.convert import convert

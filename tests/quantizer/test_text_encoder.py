@@ -6,12 +6,12 @@ import gguf
 import pytest
 import torch
 from auraflow_gguf.devtools.random_models import native_shapes, random_weight
-from auraflow_gguf.loader.errors import ModelFileError
-from auraflow_gguf.loader.gguf_file import open_gguf
-from auraflow_gguf.loader.pile_t5 import PILE_T5_XL, STACK
-from auraflow_gguf.quantizer.comparison import compare
+from auraflow_gguf.loader.files.errors import ModelFileError
+from auraflow_gguf.loader.files.gguf_file import open_gguf
+from auraflow_gguf.loader.files.pile_t5 import PILE_T5_XL, STACK
 from auraflow_gguf.quantizer.convert import convert, part_in
 from auraflow_gguf.quantizer.inspection import describe, verify
+from auraflow_gguf.quantizer.quality.comparison import compare
 from auraflow_gguf.quantizer.recipe import RECIPES, recipe_for
 from safetensors.torch import save_file
 from sentencepiece import SentencePieceTrainer

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gguf
 import pytest
-from auraflow_gguf.loader.errors import ModelFileError
+from auraflow_gguf.loader.files.errors import ModelFileError
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.quantizer import writer
 from auraflow_gguf.quantizer.writer import TensorSpec, write_gguf

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from auraflow_gguf.loader.kernels import gpu, triton_kernels
+from auraflow_gguf.loader.kernels import cpu, gpu, packed_linear, triton_kernels
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from triton.runtime import interpreter
 
@@ -153,15 +153,23 @@ def test_dense_weights_share_a_buffer_and_grow_it(monkeypatch):
     assert buffer.numel() == 9 * 256 * 4
 
 
+@pytest.fixture
+def _on_a_gpu(monkeypatch):
+    """Tensors on the CPU are a GPU's, as the interpreter has them."""
+    monkeypatch.setattr(cpu, "linear", gpu.linear)
+
+
+@pytest.mark.usefixtures("_on_a_gpu")
 def test_gradients_are_those_of_the_weight_that_was_used():
     first, second = small_weights("Q4_K", 4, 1, seed=1), small_weights("Q4_K", 4, 1, seed=2)
     input = torch.randn(20, 256, requires_grad=True)
-    out = gpu.linear(input, first, QUANT_TYPES["Q4_K"], None)
-    gpu.linear(input.detach(), second, QUANT_TYPES["Q4_K"], None)
+    out = packed_linear(input, first, QUANT_TYPES["Q4_K"])
+    packed_linear(input.detach(), second, QUANT_TYPES["Q4_K"])
     out.sum().backward()
     assert torch.equal(input.grad[0], QUANT_TYPES["Q4_K"].dequantize(first).sum(0))
 
 
+@pytest.mark.usefixtures("_on_a_gpu")
 def test_compiled_once_for_any_number_of_rows():
     packed = small_weights("Q4_K", 5, 2)
     graphs = []
@@ -172,7 +180,7 @@ def test_compiled_once_for_any_number_of_rows():
 
     @torch.compile(fullgraph=True, backend=backend, dynamic=True)
     def compiled(input):
-        return gpu.linear(input, packed, QUANT_TYPES["Q4_K"], None) * 2
+        return packed_linear(input, packed, QUANT_TYPES["Q4_K"]) * 2
 
     for rows in (20, 3, 33):
         input = torch.randn(rows, 512)
@@ -180,9 +188,10 @@ def test_compiled_once_for_any_number_of_rows():
     assert len(graphs) == 1
 
 
+@pytest.mark.usefixtures("_on_a_gpu")
 def test_compiled_by_aot_autograd():
     packed, bias = small_weights("IQ2_XS", 5, 2), torch.randn(5)
-    compiled = torch.compile(gpu.linear, fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(packed_linear, fullgraph=True, backend="aot_eager")
     input = torch.randn(2, 17, 512)
     check_product(compiled(input, packed, QUANT_TYPES["IQ2_XS"], bias), input, packed, "IQ2_XS", bias)
     torch.library.opcheck(torch.ops.auraflow_gguf.linear.default, (input, packed, "IQ2_XS", bias))

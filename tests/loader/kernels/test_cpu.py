@@ -12,9 +12,8 @@ from pathlib import Path
 import libgguf
 import pytest
 import torch
-from auraflow_gguf.loader import native
-from auraflow_gguf.loader.kernels import cpu
-from auraflow_gguf.loader.native import build
+from auraflow_gguf.loader.kernels import cpu, native, packed_linear
+from auraflow_gguf.loader.kernels.native import build
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 
 from ..quant_types.blocks import FLOATS, random_blocks
@@ -153,7 +152,7 @@ def test_a_gradient_reaches_the_input(threads):
     quant_type = QUANT_TYPES["Q4_K"]
     packed = quantized_rows("Q4_K")
     x = random_input(2).requires_grad_()
-    cpu.linear(x, packed, quant_type, None).sum().backward()
+    packed_linear(x, packed, quant_type).sum().backward()
     torch.testing.assert_close(x.grad, quant_type.dequantize(packed).sum(dim=0).expand(2, -1), rtol=1e-4, atol=1e-4)
 
 
@@ -201,8 +200,8 @@ FACTORIZATION_AFTER_A_PRODUCT = """
 import dev
 dev.register_pack()
 import torch
-from auraflow_gguf.loader import native
-from auraflow_gguf.loader.native import build
+from auraflow_gguf.loader.kernels import native
+from auraflow_gguf.loader.kernels.native import build
 from auraflow_gguf.loader.kernels import cpu
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 torch.randn(8, 8) @ torch.randn(8, 8)

@@ -1,0 +1,99 @@
+"""The operations class that puts packed linears and embeddings into ComfyUI's models, bias optional."""
+
+from __future__ import annotations
+
+import torch
+from comfy.ops import cast_bias_weight, manual_cast, uncast_bias_weight
+
+from ..kernels import packed_linear
+from ..quant_types import QUANT_TYPES
+from ..weights.layout import is_packed, linear
+from .low_rank import LowRank
+
+
+class _FromFile:
+    """A module that owns nothing until the file's tensors are handed to it.
+
+    The weight may be packed or dense. The bias exists exactly when the state dict holds one.
+    """
+
+    def _own_nothing(self, dtype: torch.dtype | None) -> None:
+        self.register_parameter("weight", None)
+        self.register_parameter("bias", None)
+        self.low_rank: LowRank | None = None
+        self.stays_mapped = False  # on no device: each use takes the weight from where the file is mapped
+        # What ComfyUI's dynamic VRAM casts a dense parameter to.
+        self.weight_comfy_model_dtype = dtype
+        self.bias_comfy_model_dtype = dtype
+
+    def _load_from_state_dict(
+        self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+    ):
+        weight = state_dict.get(prefix + "weight")
+        if weight is None:
+            missing_keys.append(prefix + "weight")
+            return
+        self.weight = torch.nn.Parameter(weight, requires_grad=False)
+        bias = state_dict.get(prefix + "bias")
+        if bias is not None:
+            self.bias = torch.nn.Parameter(bias, requires_grad=False)
+
+    def convert_weight(self, weight, inplace=False):
+        """The dense form of the weight, which ComfyUI's patcher asks for before it patches or merges."""
+        return weight.dequantize() if is_packed(weight) else weight
+
+    def _apply(self, fn, recurse=True):
+        if self.stays_mapped:
+            return self
+        # nn.Module assigns `param.data`, which changes what a packed tensor shows, not what it holds.
+        for name, param in self._parameters.items():
+            if param is not None:
+                self._parameters[name] = torch.nn.Parameter(fn(param), requires_grad=False)
+        return self
+
+
+class GGUFOps(manual_cast):
+    """ComfyUI's operations, with a Linear and an Embedding that take their tensors from the file.
+
+    Everything else is inherited: casting, offloading, streams, weight functions.
+    """
+
+    class Linear(_FromFile, manual_cast.Linear):
+        """A linear whose bias exists when the file holds one, whatever the ``bias`` argument says."""
+
+        def __init__(self, in_features, out_features, bias=True, device=None, dtype=None):
+            torch.nn.Module.__init__(self)
+            self.in_features = in_features
+            self.out_features = out_features
+            self._own_nothing(dtype)
+
+        def forward_comfy_cast_weights(self, input):
+            output = self._traced(input) if torch.compiler.is_compiling() else super().forward_comfy_cast_weights(input)
+            return output if self.low_rank is None else self.low_rank.add_to(output, input)
+
+        def _traced(self, input):
+            """The same, for torch.compile, which takes torch's linear apart before a packed weight can answer to it."""
+            # dynamic VRAM has a place (_v) of its own for the weight
+            if is_packed(self.weight) and not (self.weight_function or self.bias_function or hasattr(self, "_v")):
+                bias = None if self.bias is None else self.bias.to(input.device, input.dtype)
+                packed = self.weight._qdata.to(input.device)
+                return packed_linear(input, packed, QUANT_TYPES[self.weight._params.quant_type], bias)
+            weight, bias, stream = cast_bias_weight(self, input, offloadable=True)
+            output = linear(input, weight, bias)
+            uncast_bias_weight(self, weight, bias, stream)
+            return output
+
+    class Embedding(_FromFile, manual_cast.Embedding):
+        """An embedding that dequantizes the rows that it looks up, and no others, unless it is patched."""
+
+        def __init__(self, num_embeddings, embedding_dim, device=None, dtype=None):
+            torch.nn.Module.__init__(self)
+            self.num_embeddings = num_embeddings
+            self.embedding_dim = embedding_dim
+            self.padding_idx = self.max_norm = None
+            self.norm_type, self.scale_grad_by_freq, self.sparse = 2.0, False, False
+            self._own_nothing(dtype)
+
+        def forward_comfy_cast_weights(self, input, out_dtype=None):
+            output = super().forward_comfy_cast_weights(input, out_dtype)
+            return output if self.low_rank is None else self.low_rank.add_rows_to(output, input)

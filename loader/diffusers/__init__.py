@@ -1,0 +1,1 @@
+"""The door to diffusers, the only room that imports it."""

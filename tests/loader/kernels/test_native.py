@@ -1,0 +1,111 @@
+"""The C for CPUs is compiled when asked for, once, and loaded where it was compiled."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from auraflow_gguf.loader.kernels import native
+from auraflow_gguf.loader.kernels.native import build
+
+ROOT = Path(__file__).resolve().parents[2]
+NEEDS_COMPILER = pytest.mark.skipif(build._compiler() is None, reason="no C compiler here")
+FUNCTIONS = {"dequantize.c": "dequantize_q6_k", "quantize.c": "quantize_q4_k"}
+CACHE = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """Where libraries are kept, as yet empty."""
+    monkeypatch.setenv(CACHE, str(tmp_path))
+    native._library.cache_clear()
+    yield tmp_path / "auraflow-gguf" / "native"
+    native._library.cache_clear()
+
+
+def test_nothing_is_there_before(folder):
+    assert all(native.function(source, name) is None for source, name in FUNCTIONS.items())
+    assert not folder.exists()
+
+
+@NEEDS_COMPILER
+def test_it_compiles_once(folder):
+    paths = build.build()
+    assert sorted(folder.iterdir()) == sorted(paths)
+    compiled_at = [path.stat().st_mtime_ns for path in paths]
+    assert [path.stat().st_mtime_ns for path in build.build()] == compiled_at
+    assert all(native.function(source, name) for source, name in FUNCTIONS.items())
+
+
+@NEEDS_COMPILER
+def test_a_block_is_dequantized():
+    build.build()
+    block = bytes([0, 0x3C, 0, 0x40]) + (1 << 31 | 1).to_bytes(4, "little") + bytes([0x21] * 16)  # d 1, m 2
+    packed, out = ctypes.create_string_buffer(block, 24), (ctypes.c_float * 32)()
+    native.function("dequantize.c", "dequantize_q5_1")(ctypes.addressof(packed), ctypes.addressof(out), 1)
+    assert list(out) == [19] + [3] * 15 + [4] * 15 + [20]
+
+
+def test_another_source_or_processor_has_another_library(tmp_path, monkeypatch):
+    paths = {native.library_path(source) for source in native.SOURCES}
+    monkeypatch.setattr(native, "_processor", lambda: "another")
+    paths |= {native.library_path(source) for source in native.SOURCES}
+    for name in ("native.h", "build.py", *native.SOURCES):
+        (tmp_path / name).write_bytes((native.FOLDER / name).read_bytes())
+    (tmp_path / "native.h").open("a").write("\n")
+    monkeypatch.setattr(native, "FOLDER", tmp_path)
+    paths |= {native.library_path(source) for source in native.SOURCES}
+    assert len(paths) == 6
+
+
+@NEEDS_COMPILER
+def test_the_environment_can_do_without(monkeypatch):
+    build.build()
+    monkeypatch.setenv("AURAFLOW_GGUF_NATIVE", "0")
+    assert native.function("dequantize.c", "dequantize_q6_k") is None
+
+
+def test_a_library_that_does_not_load_is_left_out(folder, caplog):
+    folder.mkdir(parents=True)
+    native.library_path("quantize.c").write_bytes(b"no library")
+    assert native.function("quantize.c", "quantize_q4_k") is None
+    assert "does not load" in caplog.text
+
+
+def test_no_compiler(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CC", raising=False)
+    with pytest.raises(build.BuildError, match="no C compiler here"):
+        build.build()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the compiler here is a shell script")
+def test_a_compiler_that_fails(folder, tmp_path, monkeypatch):
+    broken = tmp_path / "broken-cc"
+    broken.write_text("#!/bin/sh\necho out of order >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("CC", str(broken))
+    with pytest.raises(build.BuildError, match="out of order"):
+        build.build()
+    assert not list(folder.iterdir())
+
+
+@NEEDS_COMPILER
+def test_a_folder_that_cannot_be_made(tmp_path):
+    Path(tmp_path, "auraflow-gguf").write_text("a file in the way")
+    with pytest.raises(build.BuildError, match="auraflow-gguf"):
+        build.build()
+
+
+@NEEDS_COMPILER
+def test_the_command(tmp_path):
+    command = [sys.executable, str(ROOT / "cli.py"), "compile"]
+    environment = os.environ | {CACHE: str(tmp_path)}
+    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()
+    assert [Path(path).exists() for path in printed] == [True, True]
+    environment |= {"PATH": "", "CC": "", CACHE: str(tmp_path / "another")}
+    failed = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+    assert failed.returncode == 1
+    assert "auraflow-gguf: There is no C compiler here." in failed.stderr
