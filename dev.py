@@ -12,12 +12,7 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from devtools.hosts import Host
 
 ROOT = Path(os.path.abspath(__file__)).parent
 
@@ -28,7 +23,8 @@ USAGE = """\
 usage: python dev.py COMMAND [arguments]
 
   demo    make an image from a GGUF file in a real ComfyUI; --help lists its options
-  test    run the tests, all tiers; --tier NAME picks some, arguments after -- go to pytest
+  test    run the tests, all tiers; --tier NAME picks some, --newest runs those that depend on other projects with
+          their newest releases, arguments after -- go to pytest
   bench   measure speed and memory beside dense weights, for the README; --help lists its options
   assets  write the templates, translations and pictures that follow from the nodes
   fuzz    feed damaged GGUF files to the reader; --help lists its options
@@ -38,33 +34,14 @@ AURAFLOW_GGUF_CACHE the folder for the environment and the models.
 """
 
 
-def demo(arguments: list[str], hosts: list[Host]) -> int:
-    return importlib.import_module("auraflow_gguf.devtools.demo").main(arguments, hosts)
-
-
-def test(arguments: list[str], hosts: list[Host]) -> int:
-    return importlib.import_module("auraflow_gguf.devtools.tiers").main(arguments, hosts)
-
-
-def fuzz(arguments: list[str], hosts: list[Host]) -> int:
-    return subprocess.call([sys.executable, "-m", "tests.fuzz.run", *arguments], cwd=ROOT)
-
-
-def assets(arguments: list[str], hosts: list[Host]) -> int:
-    return importlib.import_module("auraflow_gguf.devtools.assets").main(arguments, hosts)
-
-
-def bench(arguments: list[str], hosts: list[Host]) -> int:
-    return importlib.import_module("auraflow_gguf.benchmarks.run").main(arguments, hosts)
-
-
-COMMANDS: dict[str, Callable[[list[str], list[Host]], int]] = {
-    "demo": demo,
-    "test": test,
-    "bench": bench,
-    "assets": assets,
-    "fuzz": fuzz,
+COMMANDS = {
+    "demo": "auraflow_gguf.devtools.demo",
+    "test": "auraflow_gguf.devtools.tiers",
+    "bench": "auraflow_gguf.benchmarks.run",
+    "assets": "auraflow_gguf.devtools.assets",
+    "fuzz": "auraflow_gguf.tests.fuzz.run",
 }
+"""The module whose ``main(options, hosts)`` a command is."""
 
 
 def register_pack() -> None:
@@ -95,13 +72,15 @@ def main(argv: list[str]) -> int:
         return 0 if command in ("-h", "--help") else 2
     register_pack()
     from auraflow_gguf.devtools import environment, hosts
+    from auraflow_gguf.devtools.arguments import parse
 
+    options = parse(command, arguments)
     try:
         found = hosts.find_hosts(ROOT, clone=not inside)
         if inside:
             compile_native()
-            return COMMANDS[command](arguments, found)
-        python = environment.ensure(ROOT, hosts.newest(found))
+            return importlib.import_module(COMMANDS[command]).main(options, found)
+        python = environment.ensure(ROOT, hosts.newest(found), newest=getattr(options, "newest", False))
     except (hosts.HostError, environment.SetUpError) as error:
         print(f"dev.py: {error}", file=sys.stderr)
         return 1

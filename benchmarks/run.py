@@ -12,26 +12,16 @@ from pathlib import Path
 
 import torch
 
+from ..devtools.arguments import TYPES
 from ..devtools.hosts import Host
 from ..devtools.server import device_arguments
 from . import chart
 from .measure import machine
 
-RESULTS = Path(__file__).with_name("results.json")
-TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_XS", "IQ4_NL", "Q3_K", "Q2_K", "BF16")
 CONVERSIONS = 3  # each takes half a minute, and they vary little
 
 
-def main(arguments: list[str], hosts: list[Host]) -> int:
-    parser = argparse.ArgumentParser(prog="python dev.py bench", description=__doc__.partition("\n")[0])
-    parser.add_argument("--pairs", type=int, default=9, help="interleaved pairs of runs for each ratio")
-    parser.add_argument("--part", action="append", choices=PARTS, help="measure only this; may be repeated")
-    parser.add_argument("--type", action="append", choices=TYPES, help="measure only this; may be repeated")
-    parser.add_argument(
-        "--full-size", action="store_true", help="convert a 13.7 GB checkpoint, once; takes 18 GB of disk and minutes"
-    )
-    parser.add_argument("--output", type=Path, default=RESULTS, help="where the figures go, as JSON and as a chart")
-    options = parser.parse_args(arguments)
+def main(options: argparse.Namespace, hosts: list[Host]) -> int:
     if not hosts:
         print("There is no ComfyUI here to measure in: set COMFYUI_PATH.", file=sys.stderr)
         return 1
@@ -112,7 +102,7 @@ def _lora(types: tuple[str, ...], options: argparse.Namespace) -> dict:
 
 
 def _convert(types: tuple[str, ...], options: argparse.Namespace) -> dict | None:
-    from ..tests.quantizer.ggml import Unavailable
+    from ..tests.ggml import Unavailable
     from . import convert
 
     try:

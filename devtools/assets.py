@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import sys
 import tempfile
 import urllib.request
 from pathlib import Path
@@ -54,13 +55,11 @@ _NAMES = {  # files that the templates name
 }
 
 
-def main(arguments: list[str], hosts: list[Host]) -> int:
-    parser = argparse.ArgumentParser(prog="dev.py assets", description=__doc__)
-    parser.add_argument("--no-pictures", action="store_true", help="write the text files alone")
-    options = parser.parse_args(arguments)
+def main(options: argparse.Namespace, hosts: list[Host]) -> int:
     host = newest(hosts)
     if host is None:
-        parser.error("a ComfyUI is needed: set COMFYUI_PATH")
+        print("There is no ComfyUI here to ask: set COMFYUI_PATH.", file=sys.stderr)
+        return 1
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as base,
         Server(host, Path(base), {}, arguments=frontend_arguments(host)) as server,

@@ -12,16 +12,7 @@ from .cache import cache_folder
 from .hosts import Host
 
 
-def main(arguments: list[str], hosts: list[Host]) -> int:
-    parser = argparse.ArgumentParser(prog="dev.py demo", description=__doc__)
-    parser.add_argument("--keep", action="store_true", help="leave the server up, for the browser")
-    parser.add_argument("--model", type=_file, help="an AuraFlow GGUF file (else: two layers of random weights)")
-    parser.add_argument("--text-encoder", type=_file, help="Pile-T5-XL, GGUF or not (else: random weights)")
-    parser.add_argument("--vae", type=_file, help="SDXL's VAE (else: random weights)")
-    parser.add_argument("--prompt", help="what to paint")
-    parser.add_argument("--steps", type=int, default=4, help="of the sampler, default 4; real models want 20 or more")
-    parser.add_argument("--size", type=int, default=512, help="pixels of a side, default 512; real models want 1024")
-    options = parser.parse_args(arguments)
+def main(options: argparse.Namespace, hosts: list[Host]) -> int:
     output = cache_folder() / "output"
     output.mkdir(parents=True, exist_ok=True)
     if hosts:
@@ -32,13 +23,6 @@ def main(arguments: list[str], hosts: list[Host]) -> int:
 
     print(paint_latents(options.model or random_models.cached_auraflow(), output, options.steps))
     return 0
-
-
-def _file(text: str) -> Path:
-    path = Path(text).expanduser().absolute()
-    if not path.is_file():
-        raise argparse.ArgumentTypeError(f"there is no file {path}")
-    return path
 
 
 def _in_comfyui(host: Host, options: argparse.Namespace, output: Path) -> int:

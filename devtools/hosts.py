@@ -99,6 +99,11 @@ def _cloned(clone: bool) -> Host | None:
         if not target.exists():
             partial = Path(folder) / target.name
             command = ["git", "clone", "--quiet", "--depth=1", f"--branch=v{RELEASE}", REPOSITORY, str(partial)]
-            if subprocess.call(command, env={**os.environ, "GIT_TERMINAL_PROMPT": "0"}) == 0:
+            environment = {**os.environ, "GIT_TERMINAL_PROMPT": "0"}
+            cloned = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True, errors="replace")
+            if cloned.returncode == 0:
                 partial.rename(target)
+            else:
+                reason = (cloned.stderr.strip().splitlines() or ["git says no reason"])[-1]
+                print(f"ComfyUI could not be cloned: {reason.removeprefix('fatal: ')}", file=sys.stderr)
     return read_host(target)

@@ -21,10 +21,9 @@ from typing import Any
 import aiohttp
 import torch
 
+from . import ROOT
 from .cache import cache_folder
 from .hosts import Host
-
-ROOT = Path(__file__).resolve().parent.parent
 
 STARTUP_SECONDS = 300
 PROMPT_SECONDS = 1800

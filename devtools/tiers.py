@@ -1,4 +1,4 @@
-"""``dev.py test``: the tests in tiers, and at the end what each tier ran on."""
+"""``dev.py test``: the tests in tiers, two at a time, and at the end what each tier ran on."""
 
 from __future__ import annotations
 
@@ -7,22 +7,28 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import BinaryIO
 from xml.etree import ElementTree as ET
 
 import torch
 
-from . import browser
+from . import ROOT, browser
+from .arguments import OF_THE_NEWEST, TIERS
 from .cache import cache_folder
-from .hosts import Host
+from .hosts import Host, newest
 
-ROOT = Path(__file__).resolve().parent.parent
 SERVER_TESTS = ("tests/host/test_server.py", "tests/host/test_workflows.py")
+
+# What an older ComfyUI is not asked again: tests whose path through the host is the same in every version.
+NEWEST_HOST_ONLY = "host_independent"
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,28 @@ class LeftOut:
 
 
 @dataclass(frozen=True)
-class Runner:
-    """Runs tiers: what they work with.
+class Job:
+    """What is run of a tier.
+
+    Attributes:
+        tier, ran_on: as in `Result`.
+        modules: arguments of ``python -m``, one run after the other.
+        variables: added to the environment.
+        alone: whether nothing else may run at the same time.
+        may_be_empty: whether it is fine when no test is selected.
+    """
+
+    tier: str
+    ran_on: str
+    modules: list[list[str]]
+    variables: dict[str, str] = field(default_factory=dict)
+    alone: bool = False
+    may_be_empty: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which jobs make up a tier.
 
     Attributes:
         hosts: every ComfyUI to test in.
@@ -69,29 +95,23 @@ class Runner:
     hosts: list[Host]
     pytest_arguments: list[str]
 
-    def lint(self) -> Iterator[Result | LeftOut]:
-        begin = time.monotonic()
-        codes = [_call(["ruff", *check, "."]) for check in (["check"], ["format", "--check"])]
-        failed = sum(code != 0 for code in codes)
-        yield Result("lint", f"ruff {version('ruff')}", len(codes) - failed, failed, 0, time.monotonic() - begin)
+    def lint(self) -> Iterator[Job | LeftOut]:
+        yield Job("lint", f"ruff {version('ruff')}", [["ruff", "check", "."], ["ruff", "format", "--check", "."]])
 
-    def unit(self) -> Iterator[Result | LeftOut]:
-        yield self._pytest(
-            "unit",
-            ["tests", "--ignore=tests/host", "--ignore=tests/interop", "--ignore=tests/browser"],
-            f"gguf {version('gguf')}",
-        )
+    def unit(self) -> Iterator[Job | LeftOut]:
+        paths = ["tests", "--ignore=tests/host", "--ignore=tests/interop", "--ignore=tests/browser"]
+        yield self._pytest("unit", f"gguf {version('gguf')}", paths)
 
-    def interop(self) -> Iterator[Result | LeftOut]:
-        yield self._pytest("interop", ["tests/interop"], f"diffusers {version('diffusers')}, gguf {version('gguf')}")
+    def interop(self) -> Iterator[Job | LeftOut]:
+        yield self._pytest("interop", f"diffusers {version('diffusers')}, gguf {version('gguf')}", ["tests/interop"])
 
-    def host(self) -> Iterator[Result | LeftOut]:
+    def host(self) -> Iterator[Job | LeftOut]:
         yield from self._in_every_host("host", ["tests/host", *(f"--ignore={path}" for path in SERVER_TESTS)])
 
-    def server(self) -> Iterator[Result | LeftOut]:
+    def server(self) -> Iterator[Job | LeftOut]:
         yield from self._in_every_host("server", list(SERVER_TESTS))
 
-    def browser(self) -> Iterator[Result | LeftOut]:
+    def browser(self) -> Iterator[Job | LeftOut]:
         try:
             chromium = browser.installed_chromium()
             for host in self.hosts:
@@ -99,56 +119,48 @@ class Runner:
         except browser.BrowserError as error:
             yield LeftOut("browser", str(error))
             return
-        yield from self._in_every_host("browser", ["tests/browser"], f" with {chromium}")
+        # A page that waits for a core looks like one that does not answer.
+        yield from self._in_every_host("browser", ["tests/browser"], f" with {chromium}", alone=True)
 
-    def _in_every_host(self, tier: str, paths: list[str], also: str = "") -> Iterator[Result | LeftOut]:
+    def _in_every_host(
+        self, tier: str, paths: list[str], also: str = "", alone: bool = False
+    ) -> Iterator[Job | LeftOut]:
         for host in self.hosts:
             ran_on = f"ComfyUI {host.version} in {host.path}{also}"
-            yield self._pytest(tier, paths, ran_on, {"COMFYUI_PATH": str(host.path)})
+            selected = [] if host == newest(self.hosts) else ["-m", f"not {NEWEST_HOST_ONLY}"]
+            job = self._pytest(tier, ran_on, [*paths, *selected])
+            yield replace(job, variables={"COMFYUI_PATH": str(host.path)}, alone=alone)
         if not self.hosts:
             yield LeftOut(tier, "no ComfyUI was found and none could be cloned; COMFYUI_PATH names one")
 
-    def _pytest(self, tier: str, paths: list[str], ran_on: str, variables: dict[str, str] | None = None) -> Result:
-        print(f"\n=== {tier}: {ran_on}", flush=True)
-        begin = time.monotonic()
-        with TemporaryDirectory() as folder:
-            report = Path(folder) / "report.xml"
-            code = _call(["pytest", *paths, f"--junitxml={report}", *self.pytest_arguments], variables)
-            counts = _count(report)
-        if code not in (0, 1) and not (code == 5 and self.pytest_arguments):
-            # Broken off (a crash, an import error in a conftest), or nothing collected where nothing was deselected.
-            counts = {**counts, "failed": counts["failed"] or 1}
-        return Result(tier, f"{ran_on}, {_torch()}", **counts, seconds=time.monotonic() - begin)
+    def _pytest(self, tier: str, ran_on: str, arguments: list[str]) -> Job:
+        modules = [["pytest", *arguments, *self.pytest_arguments]]
+        return Job(tier, f"{ran_on}, {_torch()}", modules, may_be_empty=bool(self.pytest_arguments))
 
 
-TIERS: dict[str, Callable[[Runner], Iterator[Result | LeftOut]]] = {
-    "lint": Runner.lint,
-    "unit": Runner.unit,
-    "interop": Runner.interop,
-    "host": Runner.host,
-    "server": Runner.server,
-    "browser": Runner.browser,
-}
+LONGEST_FIRST = ("host", "unit", "server", "interop", "lint", "browser")
 
 
-def main(arguments: list[str], hosts: list[Host]) -> int:
+def main(options: argparse.Namespace, hosts: list[Host]) -> int:
     """Runs the tiers.
 
     Args:
-        arguments: ``[--tier NAME]… [-- pytest arguments]``.
+        options: as in `arguments.PARSERS`.
         hosts: every ComfyUI to test in; none leaves the tiers out that need one.
 
     Returns:
         the exit code, 1 when anything failed.
     """
-    split = arguments.index("--") if "--" in arguments else len(arguments)
-    parser = argparse.ArgumentParser(prog="dev.py test", epilog="Arguments after -- go to pytest.")
-    parser.add_argument("--tier", action="append", choices=TIERS, help="run only this tier; may be repeated")
-    options = parser.parse_args(arguments[:split])
-    runner = Runner(hosts, arguments[split + 1 :])
-    results = [result for tier in options.tier or TIERS for result in TIERS[tier](runner)]
+    if options.newest:
+        hosts = [host for host in hosts if host == newest(hosts)]
+    plan = Plan(hosts, options.pytest)
+    tiers = options.tier or (OF_THE_NEWEST if options.newest else TIERS)
+    planned = [entry for tier in tiers for entry in getattr(plan, tier)()]
+    results = _run_all(planned, max(1, options.jobs))
 
     print(f"\nPython {platform.python_version()} on {platform.platform()}")
+    if options.newest:
+        print("with", ", ".join(f"{name} {version(name)}" for name in NAMED_VERSIONS))
     print(*results, sep="\n")
     ran = [result for result in results if isinstance(result, Result)]
     failed = sum(result.failed for result in ran)
@@ -156,10 +168,83 @@ def main(arguments: list[str], hosts: list[Host]) -> int:
     return 1 if failed else 0
 
 
-def _call(module: list[str], variables: dict[str, str] | None = None) -> int:
+NAMED_VERSIONS = ("torch", "numpy", "transformers", "comfy-kitchen", "comfy-aimdo", "comfyui-frontend-package")
+
+_printing = threading.Lock()
+
+
+def _run_all(planned: list[Job | LeftOut], at_once: int) -> list[Result | LeftOut]:
+    """Runs the jobs, ``at_once`` of them at a time, those that want to be alone at the end; results as planned."""
+    jobs = sorted((job for job in planned if isinstance(job, Job)), key=lambda job: LONGEST_FIRST.index(job.tier))
+    together = [job for job in jobs if not job.alone] if at_once > 1 else []
+    results: dict[int, Result] = {}
+    if len(together) > 1:
+        print(f"{at_once} of these at a time: {', '.join(job.tier for job in together)}", flush=True)
+        threads = max(1, (os.cpu_count() or 1) // at_once)
+        with ThreadPoolExecutor(at_once) as pool:
+            runs = [(job, pool.submit(_run, job, threads)) for job in together]
+        results = {id(job): run.result() for job, run in runs}
+    for job in jobs:
+        if id(job) not in results:
+            results[id(job)] = _run(job)
+    return [results[id(entry)] if isinstance(entry, Job) else entry for entry in planned]
+
+
+def _run(job: Job, threads: int | None = None) -> Result:
+    """Runs a job.
+
+    Args:
+        job: what to run.
+        threads: on how many cores; then what it prints is shown when it has ended. None for all, shown at once.
+    """
+    if threads is None:
+        _head(job)
+        return _results(job, job.variables, None)
+    limits = {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    with TemporaryDirectory() as folder:
+        log = Path(folder) / "log"
+        with open(log, "wb") as output:
+            result = _results(job, {**limits, **job.variables}, output)
+        with _printing:
+            _head(job)
+            sys.stdout.write(log.read_text(encoding="utf-8", errors="replace"))
+            sys.stdout.flush()
+    return result
+
+
+def _head(job: Job) -> None:
+    print(f"\n=== {job.tier}: {job.ran_on}", flush=True)
+
+
+def _results(job: Job, variables: dict[str, str], output: BinaryIO | None) -> Result:
+    begin = time.monotonic()
+    counts = {"passed": 0, "failed": 0, "skipped": 0}
+    for module in job.modules:
+        if module[0] == "pytest":
+            counts = _pytest(module, variables, output, job.may_be_empty)
+        else:
+            counts["failed" if _call(module, variables, output) else "passed"] += 1
+    return Result(job.tier, job.ran_on, **counts, seconds=time.monotonic() - begin)
+
+
+def _pytest(
+    module: list[str], variables: dict[str, str], output: BinaryIO | None, may_be_empty: bool
+) -> dict[str, int | tuple[str, ...]]:
+    with TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        code = _call([*module, f"--junitxml={report}"], variables, output)
+        counts = _count(report)
+    if code not in (0, 1) and not (code == 5 and may_be_empty):
+        # Broken off (a crash, an import error in a conftest), or nothing collected where nothing was deselected.
+        counts = {**counts, "failed": counts["failed"] or 1}
+    return counts
+
+
+def _call(module: list[str], variables: dict[str, str], output: BinaryIO | None) -> int:
     """Runs ``python -m`` in the project's root, and keeps bytecode out of the host's folder."""
-    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(cache_folder() / "pycache"), **(variables or {})}
-    return subprocess.call([sys.executable, "-m", *module], cwd=ROOT, env=environment)
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(cache_folder() / "pycache"), **variables}
+    errors = subprocess.STDOUT if output else None
+    return subprocess.call([sys.executable, "-m", *module], cwd=ROOT, env=environment, stdout=output, stderr=errors)
 
 
 def _count(report: Path) -> dict[str, int | tuple[str, ...]]:

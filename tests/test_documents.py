@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from auraflow_gguf import cli
+from auraflow_gguf.devtools.arguments import PARSERS, TIERS
 from auraflow_gguf.devtools.random_models import full_size
-from auraflow_gguf.devtools.tiers import TIERS
 from auraflow_gguf.loader.files.auraflow import AURAFLOW
 from auraflow_gguf.loader.files.parts import PARTS
 from safetensors.torch import save_file
@@ -47,19 +47,34 @@ def commands() -> list[str]:
 
 def test_nothing_is_written_down_that_no_test_tries():
     assert all(command.startswith(("python cli.py ", "python dev.py ", "python -c ")) for command in commands())
+    names = set()
     for command in commands():
         if command.startswith("python dev.py "):
             name, *arguments = shlex.split(command)[2:]
-            assert name in dev.COMMANDS
-            assert arguments[:1] in ([], ["--tier"]), command
-            assert {tier for flag, tier in pairwise(arguments) if flag == "--tier"} <= TIERS.keys(), command
-            ran = subprocess.run(
-                [sys.executable, "dev.py", dev.INSIDE, name, "--help", *arguments],
-                cwd=ROOT,
-                capture_output=True,
-                text=True,
-            )
-            assert (ran.returncode, ran.stdout[:6]) == (0, "usage:"), f"{command}\n{ran.stderr}"
+            assert arguments[:1] in ([], ["--tier"], ["--newest"]), command
+            assert {tier for flag, tier in pairwise(arguments) if flag == "--tier"} <= set(TIERS), command
+            names.add(name)
+    assert names == PARSERS.keys() == dev.COMMANDS.keys()
+
+
+@pytest.mark.parametrize("name", dev.COMMANDS)
+def test_a_command_for_developers_has_its_help(name):
+    ran = developers(name, "--help")
+    assert (ran.returncode, ran.stdout[:6]) == (0, "usage:"), ran.stderr
+
+
+def test_a_wrong_argument_is_said_before_anything_is_made():
+    for arguments in (["test", "--tier", "browsers"], ["demo", "--model", "absent.gguf"], ["bench", "--", "-k", "x"]):
+        ran = developers(*arguments)
+        assert ran.returncode == 2
+        assert ran.stderr.startswith("usage:"), ran.stderr
+        assert ran.stdout == ""
+
+
+def developers(*arguments: str) -> subprocess.CompletedProcess:
+    """``dev.py`` by a Python without any package, which could not run the command itself."""
+    command = [sys.executable, "-S", "-E", "dev.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python cli.py ")])

@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+PACK = "auraflow_gguf"
 TYPES, FILES, KERNELS, WEIGHTS = "loader/quant_types", "loader/files", "loader/kernels", "loader/weights"
 COMFYUI, DIFFUSERS, CHECKPOINTS = "loader/comfyui", "loader/diffusers", "quantizer/checkpoints"
 QUANTIZER, QUALITY = "quantizer", "quantizer/quality"
@@ -72,15 +73,17 @@ def imports(module: str, text: str) -> Iterator[tuple[str, bool]]:
     for node in ast.walk(ast.parse(text)):
         if isinstance(node, ast.Import):
             yield from ((alias.name.split(".")[0], False) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            yield node.module.split(".")[0], False
         elif isinstance(node, ast.ImportFrom):
-            base = package.parts[: len(package.parts) - node.level + 1]
-            inside = "/".join([*base, *(node.module or "").split(".")]).rstrip("/")
+            named = (node.module or "").split(".")
+            if not node.level and named[0] != PACK:
+                yield named[0], False
+                continue
+            base = [*package.parts[: len(package.parts) - node.level + 1], *named] if node.level else named[1:]
+            inside = "/".join(base).rstrip("/")
             for alias in node.names:
                 paths = (f"{inside}/{alias.name}".lstrip("/"), inside)
                 found = (path + end for path in paths for end in ("", ".py") if (ROOT / (path + end)).exists())
-                yield next(found), True
+                yield next(found, f"no {inside}"), True
 
 
 def wrong(module: str, text: str) -> list[str]:
@@ -101,6 +104,14 @@ def wrong(module: str, text: str) -> list[str]:
 @pytest.mark.parametrize("module", modules())
 def test_a_module_imports_what_its_room_may(module):
     assert wrong(module, (ROOT / module).read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize("folder", ["benchmarks", "devtools", "tests"])
+def test_what_is_imported_is_there(folder):
+    for path in (ROOT / folder).rglob("*.py"):
+        module = path.relative_to(ROOT).as_posix()
+        missing = [name for name, _ in imports(module, path.read_text(encoding="utf-8")) if name.startswith("no ")]
+        assert missing == [], module
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable
 
 import pytest
 from auraflow_gguf.devtools import locales, templates
@@ -17,6 +18,16 @@ from .conftest import BAD_FILE
 
 NODES = locales.read("en")
 PACK = "auraflow-gguf"
+IN_EVERY_FRONTEND = ("AuraFlowGGUFLoader", "AuraFlowGGUFInspect", "text_to_image")  # one of each kind
+
+
+def in_every_frontend(values: Iterable[object], name: Callable[[object], str]) -> list:
+    """As parameters: most of them for the newest frontend alone."""
+    once = pytest.mark.host_independent
+    return [
+        pytest.param(value, id=name(value), marks=[] if name(value) in IN_EVERY_FRONTEND else [once])
+        for value in values
+    ]
 
 
 def place(editor: Editor, class_type: str) -> None:
@@ -38,7 +49,7 @@ def open_help(editor: Editor, class_type: str) -> Locator:
     return editor.page.locator(".node-help-content").first
 
 
-@pytest.mark.parametrize("class_type", NODES)
+@pytest.mark.parametrize("class_type", in_every_frontend(NODES, str))
 def test_a_node_is_found_placed_and_explained(editor: Editor, class_type: str) -> None:
     place(editor, class_type)
     page = open_help(editor, class_type)
@@ -66,7 +77,7 @@ def graph_of(class_type: str, *values: object) -> dict:
     return {"nodes": [node], "links": [], "groups": [], "last_node_id": 1, "last_link_id": 0, "version": 0.4}
 
 
-@pytest.mark.parametrize("template", templates.TEMPLATES, ids=lambda template: template.case)
+@pytest.mark.parametrize("template", in_every_frontend(templates.TEMPLATES, lambda template: template.case))
 def test_a_template_opens_cleanly(editor: Editor, template: templates.Template) -> None:
     page = editor.page
     page.evaluate("() => app.extensionManager.command.execute('Comfy.BrowseTemplates')")
@@ -178,6 +189,7 @@ def test_a_picture_is_made(editor: Editor) -> None:
     assert editor.page.evaluate("() => window.seen") == [[1, 2], [2, 2]]
 
 
+@pytest.mark.host_independent
 def test_the_path_of_a_converted_file_is_shown_at_the_node(editor: Editor, server: Server) -> None:
     editor.load(graph_of("AuraFlowGGUFConvert"))
     name = cached_checkpoint().name
@@ -213,7 +225,7 @@ def test_a_bad_file_makes_a_red_node_with_a_sentence(editor: Editor) -> None:
     assert colour
 
 
-@pytest.mark.parametrize("theme", ["dark", "light"])
+@pytest.mark.parametrize("theme", ["dark", pytest.param("light", marks=pytest.mark.host_independent)])
 def test_the_inspector_shows_a_file(editor: Editor, server: Server, theme: str) -> None:
     editor.open(server.url, Comfy_ColorPalette=theme, Comfy_RightSidePanel_IsOpen=True)
     name = cached_auraflow().name
@@ -245,6 +257,7 @@ def test_the_inspector_shows_a_file(editor: Editor, server: Server, theme: str) 
     editor.open(server.url, Comfy_ColorPalette="dark", Comfy_RightSidePanel_IsOpen=False)
 
 
+@pytest.mark.host_independent
 def test_the_inspector_shows_a_text_encoder(editor: Editor) -> None:
     name = f"text_encoders/{cached_text_encoder().name}"
     editor.load(graph_of("AuraFlowGGUFInspect", name, False))
@@ -271,6 +284,7 @@ def luminance(element: Locator, name: str) -> float:
     return (0.2126 * red + 0.7152 * green + 0.0722 * blue) / 255
 
 
+@pytest.mark.host_independent
 def test_the_inspector_says_what_is_wrong_with_a_file(editor: Editor) -> None:
     editor.load(graph_of("AuraFlowGGUFInspect", BAD_FILE, False))
     editor.page.evaluate("() => app.queuePrompt(0)")

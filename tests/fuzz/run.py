@@ -1,27 +1,21 @@
-"""A long run of the fuzzers: ``python -m tests.fuzz.run --inputs 200000 --seed 1``, from the repository's root.
+"""``dev.py fuzz``: a long run of the fuzzers.
 
 One input in ten is a structured one by hypothesis, the others are mutations.
 """
 
 import argparse
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 from hypothesis import given, seed, settings
 
-from .. import conftest  # noqa: F401  makes the pack importable
+from ...devtools.hosts import Host
 from .gguf_mutator import PART_NAMES, Report, check, fuzz, traced_memory
 from .gguf_structured import lies
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--inputs", type=int, default=200_000, help="how many files the reader is given")
-    parser.add_argument("--seed", type=int, default=0, help="where the mutations begin")
-    options = parser.parse_args()
-
+def main(options: argparse.Namespace, hosts: list[Host]) -> int:
     folder = Path(tempfile.mkdtemp(prefix="gguf-fuzz-"))
     print(f"the file being read is {folder / PART_NAMES[0]}", flush=True)
     structured = options.inputs // 10
@@ -49,7 +43,3 @@ def fuzz_structured(inputs: int, first: int, folder: Path) -> Report:
 
     run()
     return report
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -19,7 +19,7 @@ if not HOSTS:
 
 def _enter_host(host: Host) -> None:
     """Makes ``comfy`` and the host's modules importable, set to this machine's device and a base directory of ours."""
-    base = cache_folder() / "in-process"
+    base = cache_folder() / f"in-process-{host.version}"
     base.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(host.path))
     from comfy.cli_args import args

@@ -85,7 +85,13 @@ def expected(shapes):
         return forward(dense)
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if mapped_by_host else [pytest.mark.host_independent])
+        for name, (_, mapped_by_host) in SPELLINGS.items()
+    ],
+)
 def test_every_spelling_gives_the_same_picture(packed, shapes, expected, tmp_path, name):
     spell, mapped_by_host = SPELLINGS[name]
     path = write(tmp_path / "lora.safetensors", shapes, spell)
@@ -99,6 +105,7 @@ def test_every_spelling_gives_the_same_picture(packed, shapes, expected, tmp_pat
             assert relative_error(forward(stock), expected) < 1e-5
 
 
+@pytest.mark.host_independent
 def test_modules_that_the_model_lacks_are_named(packed, shapes, tmp_path):
     path = write(tmp_path / "lora.safetensors", shapes, SPELLINGS["lycoris_<native>"][0])
     tensors = comfy.utils.load_torch_file(str(path))
@@ -109,6 +116,7 @@ def test_modules_that_the_model_lacks_are_named(packed, shapes, tmp_path):
     assert str(report) == "matched 4 of 5 modules; not in this model: lycoris_single_layers_7_attn_w1q"
 
 
+@pytest.mark.host_independent
 def test_a_flux_lora_is_not_applied_to_the_modules_of_the_same_name(packed, tmp_path):
     modules = ("single_transformer_blocks.0.attn.to_k", "single_transformer_blocks.0.proj_mlp")
     tensors = {f"transformer.{name}.lora_{letter}.weight": torch.zeros(3072, 4) for name in modules for letter in "AB"}
@@ -137,6 +145,7 @@ def test_a_change_of_a_bias_alone_is_matched(packed, tmp_path):
     assert "diffusion_model.t_embedder.mlp.0.bias" in model.patches
 
 
+@pytest.mark.host_independent
 @pytest.mark.parametrize(
     ("content", "found"),
     [
@@ -156,6 +165,7 @@ def test_a_file_that_cannot_be_read_is_named(packed, shapes, tmp_path, content, 
         load_lora(packed, path, 1.0)
 
 
+@pytest.mark.host_independent
 @pytest.mark.parametrize(
     ("key", "what"),
     [
@@ -178,6 +188,7 @@ def test_a_lora_of_another_model_is_named(packed, tmp_path, key, what):
         load_lora(packed, path, 1.0)
 
 
+@pytest.mark.host_independent
 def test_a_file_that_is_no_lora_is_refused(packed, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file({"some.weight": torch.zeros(4, 4)}, path)
@@ -185,6 +196,7 @@ def test_a_file_that_is_no_lora_is_refused(packed, tmp_path):
         load_lora(packed, path, 1.0)
 
 
+@pytest.mark.host_independent
 def test_a_model_that_is_not_auraflow_is_refused(packed, shapes, tmp_path):
     path = write(tmp_path / "lora.safetensors", shapes, SPELLINGS["<native>"][0])
     other = ModelPatcher(torch.nn.Linear(2, 2), packed.load_device, packed.offload_device)

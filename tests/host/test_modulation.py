@@ -16,9 +16,8 @@ from comfy_extras.nodes_model_merging import ModelMergeSimple
 
 from .aura_files import make_gguf
 from .forward import CPU, loaded, sampler_options
+from .patches import MODULATION, diff, dora, lora, lora_hooks, patched, state_of
 from .sampling import QUICK, relative_error, sample
-from .test_patcher import MODULATION, diff, dora, lora, patched, state_of
-from .test_stock_nodes import lora_hooks
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +43,13 @@ def assert_cache_changes_nothing(model, **settings) -> torch.Tensor:
     return cached
 
 
+@pytest.mark.host_independent
 @pytest.mark.parametrize("sampler", comfy.samplers.SAMPLER_NAMES)
 def test_every_sampler(model, sampler):
     assert_cache_changes_nothing(model, sampler=sampler)
 
 
+@pytest.mark.host_independent
 @pytest.mark.parametrize("scheduler", comfy.samplers.SCHEDULER_NAMES)
 def test_every_scheduler_takes_one_pass_over_the_weights(model, table, scheduler):
     assert_cache_changes_nothing(model, scheduler=scheduler)
@@ -82,6 +83,7 @@ def test_the_table_is_bounded_and_goes_with_the_model(model, table):
     assert table.vector is table.row is None
 
 
+@pytest.mark.host_independent
 def test_a_schedule_longer_than_the_table(model, table, monkeypatch):
     monkeypatch.setattr(modulation, "MAX_ROWS", 3)
     assert_cache_changes_nothing(model, steps=5)

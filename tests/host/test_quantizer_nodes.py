@@ -31,8 +31,8 @@ from .aura_files import (
     make_text_encoder_checkpoint,
     make_text_encoder_gguf,
 )
+from .patches import LINEARS, lora, patched
 from .sampling import QUICK, relative_error, sample
-from .test_patcher import LINEARS, lora, patched
 
 CHECKPOINT = "auraflow.safetensors"
 
@@ -160,6 +160,7 @@ def test_importance_of_a_model_that_comfyui_has_quantized(quantized_by_comfyui):
     assert matrix.sums.keys() == linears
 
 
+@pytest.mark.host_independent
 def test_importance_files_in_subfolders_are_listed(output):
     (output / "imatrix" / "pony").mkdir(parents=True)
     path = output / "imatrix" / "pony" / "v7_00001_.gguf"
@@ -184,6 +185,7 @@ def test_a_checkpoint_is_converted(models):
         AuraFlowGGUFConvert.execute(source, "Q8_0", output_name="auraflow-Q4_0.gguf")
 
 
+@pytest.mark.host_independent
 def test_a_gguf_file_is_a_source_by_the_folder_it_is_in(models, tmp_path, monkeypatch):
     packed = AuraFlowGGUFConvert.execute(f"diffusion_models/{CHECKPOINT}", "Q8_0").args[0]
     elsewhere = tmp_path / "of another pack"
@@ -207,6 +209,7 @@ def test_a_gguf_file_is_a_source_by_the_folder_it_is_in(models, tmp_path, monkey
         AuraFlowGGUFConvert.execute("diffusion_models/absent.gguf", "Q4_0")
 
 
+@pytest.mark.host_independent
 def test_a_text_encoder_is_converted_into_its_folder_with_comfyuis_tokenizer(tmp_path, monkeypatch):
     expected = packed_bytes(make_text_encoder_gguf("Q8_0"))
     (tmp_path / "t5.safetensors").symlink_to(make_text_encoder_checkpoint())
@@ -225,18 +228,21 @@ def test_a_text_encoder_is_converted_into_its_folder_with_comfyuis_tokenizer(tmp
     assert {token: index for index, token in enumerate(tokens) if index < len(pieces)} == pieces
 
 
+@pytest.mark.host_independent
 @pytest.mark.parametrize("name", ["../x", "a/b", ".."])
 def test_a_target_outside_the_folder_is_refused(models, name):
     with pytest.raises(ValueError, match="not a file's name"):
         AuraFlowGGUFConvert.execute(f"diffusion_models/{CHECKPOINT}", "Q8_0", output_name=name)
 
 
+@pytest.mark.host_independent
 @pytest.mark.parametrize("source", ["loras/x.safetensors", "diffusion_models/../../x", "x"])
 def test_a_source_outside_the_folders_is_refused(models, source):
     with pytest.raises((ValueError, FileNotFoundError)):
         AuraFlowGGUFConvert.execute(source, "Q8_0")
 
 
+@pytest.mark.host_independent
 def test_an_interrupt_leaves_no_file(models):
     comfy.model_management.interrupt_current_processing(True)
     with pytest.raises(comfy.model_management.InterruptProcessingException):

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import torch
@@ -29,6 +28,8 @@ from safetensors.torch import save_file
 
 import dev
 
+from .bad_files import write_flux, write_text_encoder, write_truncated
+
 
 def text_to_image(model_name: str) -> Workflow:
     """The workflow with the demo's text encoder and VAE."""
@@ -46,32 +47,6 @@ def quick(workflow: Workflow, seed: int) -> Workflow:
     return workflow
 
 
-def write_flux(path: Path) -> None:
-    writer = gguf.GGUFWriter(path, "flux")
-    writer.add_tensor("double_blocks.0.img_attn.norm.key_norm.scale", np.ones(128, np.float32))
-    writer.add_tensor("double_blocks.0.img_attn.qkv.weight", np.ones((96, 32), np.float16))
-    _write(writer)
-
-
-def write_text_encoder(path: Path) -> None:
-    writer = gguf.GGUFWriter(path, "t5encoder")
-    writer.add_tensor("token_embd.weight", np.ones((64, 32), np.float16))
-    writer.add_tensor("enc.blk.0.attn_q.weight", np.ones((32, 32), np.float16))
-    _write(writer)
-
-
-def write_truncated(path: Path) -> None:
-    with open(random_models.cached_auraflow(), "rb") as whole:
-        path.write_bytes(whole.read(2**20))
-
-
-def _write(writer: gguf.GGUFWriter) -> None:
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
 def test_text_to_image(server: Server) -> None:
     steps = []
     workflow = text_to_image(random_models.cached_auraflow().name)
@@ -87,6 +62,7 @@ def test_text_to_image(server: Server) -> None:
     assert not re.search(r"clip missing|unet missing|Missing VAE keys", log)
 
 
+@pytest.mark.host_independent
 def test_the_demo_makes_a_picture(host: Host) -> None:
     command = [sys.executable, "dev.py", dev.INSIDE, "demo", "--steps", "1", "--size", "256"]
     environment = {**os.environ, "COMFYUI_PATH": str(host.path)}

@@ -14,8 +14,8 @@ from comfy_extras.nodes_model_merging import ModelMergeBlocks, ModelMergeSimple,
 
 from .aura_files import load_dense, make_gguf
 from .forward import forward, loaded, sampler_options
+from .patches import LINEARS, diff, dora, lora, lora_hooks, noise, patched, state_of
 from .sampling import QUICK, relative_error, sample
-from .test_patcher import LINEARS, diff, dora, lora, noise, patched, state_of
 
 
 @pytest.fixture(scope="module")
@@ -26,16 +26,6 @@ def packed():
 @pytest.fixture(scope="module")
 def dense():
     return load_dense(make_gguf("Q4_0"))
-
-
-def lora_hooks(kind, strengths=(1.0,), names=tuple(LINEARS)):
-    """What Create Hook LoRA makes, with a keyframe for each strength, spread over the steps."""
-    hooks = comfy.hooks.create_hook_lora(state_of(kind, names), 1.0, 0.0)
-    keyframes = comfy.hooks.HookKeyframeGroup()
-    for number, strength in enumerate(strengths):
-        keyframes.add(comfy.hooks.HookKeyframe(strength, start_percent=number / len(strengths)))
-    hooks.set_keyframes_on_hooks(keyframes)
-    return hooks
 
 
 @pytest.mark.parametrize("strengths", [(1.0,), (0.2, 1.5)], ids=str)
@@ -131,6 +121,7 @@ WHOLE = ["diffusion_model"]
 BLOCKS = ["diffusion_model.double_layers.0", "diffusion_model.single_layers.0"]
 
 
+@pytest.mark.host_independent
 @pytest.mark.parametrize("keys", [WHOLE, BLOCKS], ids=["whole", "blocks"])
 def test_compiled_once_for_all_sizes(packed, keys):
     """In one graph for each module, of whatever size after the second, with the products and their bits unchanged."""

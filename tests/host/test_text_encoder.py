@@ -50,8 +50,8 @@ def encode(clip, length) -> torch.Tensor:
     ("type_name", "lengths", "modes"),
     [
         ("Q8_0", LENGTHS, ("full", "lowvram")),
-        ("Q6_K", (77,), ("full", "lowvram")),
-        ("Q4_K", (256,), ("full", "lowvram")),
+        pytest.param("Q6_K", (77,), ("full", "lowvram"), marks=pytest.mark.host_independent),
+        pytest.param("Q4_K", (256,), ("full", "lowvram"), marks=pytest.mark.host_independent),
         ("F16", (77,), ("full", "lowvram", "partial unload", "reload")),
     ],
 )
@@ -71,6 +71,7 @@ def test_the_conditioning_is_that_of_the_dense_twin(type_name, lengths, modes):
                 assert relative_error(encode(clip, length), expected) < 1e-5, (length, mode)
 
 
+@pytest.mark.host_independent
 def test_a_full_size_encoder():
     """Of 24 layers, as users have it, beside ComfyUI's own loading of the same weights."""
     path = random_models.cached_text_encoder()
@@ -98,6 +99,7 @@ def test_the_embedding_dequantizes_the_rows_that_it_looks_up():
     assert embedding.weight.nbytes == dense.numel() * 144 // 256
 
 
+@pytest.mark.host_independent
 def test_a_file_of_another_tool(tmp_path):
     """``general.architecture`` t5, a decoder, a quantized relative position bias, norms in 16 bit."""
     source = make_text_encoder_gguf("Q4_K")
@@ -218,6 +220,7 @@ def test_the_patcher_can_be_made_anew():
     assert isinstance(factory(*arguments, disable_dynamic=True), GGUFModelPatcher)
 
 
+@pytest.mark.host_independent
 def test_a_smaller_vocabulary_than_the_tokenizers_is_refused(tmp_path):
     path = tmp_path / "t5.gguf"
     file, writer = open_gguf(make_text_encoder_gguf("Q8_0")), gguf.GGUFWriter(path, "t5encoder")

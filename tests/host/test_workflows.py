@@ -21,7 +21,7 @@ from auraflow_gguf.migration import REPLACEMENTS
 from PIL import Image
 from safetensors.torch import save_file
 
-from .test_server import write_flux, write_truncated
+from .bad_files import write_flux, write_truncated
 
 ADVICE = "run `python dev.py assets` if this is meant"
 
@@ -37,6 +37,7 @@ def test_ids_inputs_and_defaults_are_those_that_programs_know(info):
     assert json.loads(json.dumps(assets.stable(info))) == known, ADVICE
 
 
+@pytest.mark.host_independent
 def test_translations_have_every_text_of_the_nodes(info):
     english = locales.node_defs(info)
     assert locales.read("en") == english, ADVICE
@@ -47,6 +48,7 @@ def _keys(tree):
     return {key: _keys(value) for key, value in tree.items()} if isinstance(tree, dict) else bool(tree)
 
 
+@pytest.mark.host_independent
 def test_every_node_has_a_help_page_that_names_its_inputs(info):
     for name, described in info.items():
         inputs = [key for group in ("required", "optional") for key in described["input"].get(group, {})]
@@ -57,6 +59,7 @@ def test_every_node_has_a_help_page_that_names_its_inputs(info):
             assert (ROOT / "web" / "docs" / picture).is_file(), page
 
 
+@pytest.mark.host_independent
 def test_replacements_of_other_packs_nodes_have_inputs_of_ours(info):
     for replacement in REPLACEMENTS.values():
         inputs = info[replacement.new]["input"]
@@ -137,6 +140,7 @@ def _check_made_files(server: Server) -> None:
     assert (server.base / "models" / "loras" / LORA).is_file()
 
 
+@pytest.mark.host_independent
 def test_the_api_document_is_true(server, tmp_path):
     """Every block of code in docs/api.md, executed in order, on this server."""
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
@@ -193,6 +197,7 @@ def _troubles(server: Server) -> dict[str, Workflow]:
     }
 
 
+@pytest.mark.host_independent
 def test_every_message_in_the_readme_is_said(server):
     table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Troubleshooting")[2].partition("\n\n**")[0]
     messages = re.findall(r"^\| `(.+)` \| [^|]+ \|$", table, re.MULTILINE)
