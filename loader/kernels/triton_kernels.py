@@ -23,8 +23,9 @@ FEW_ROWS = 16
 # Weights of a program of the dequantizing kernel: 16 for each thread of four warps.
 DEQUANTIZED_AT_ONCE = 2048
 
-# Tile of the multiplying kernel: rows of the weight, and weights of each.
+# Tile of the multiplying kernel: rows of the weight, at most, and weights of each; and sums of a thread.
 WEIGHT_ROWS, WEIGHT_COLUMNS = 8, 256
+SUMS = 64
 
 
 class Formula(NamedTuple):
@@ -76,16 +77,9 @@ def dequantize_into(out: torch.Tensor, packed: torch.Tensor, quant_type: QuantTy
     """
     formula = FORMULAS[quant_type.name]
     n_blocks = packed.numel() // quant_type.type_size
-    blocks = DEQUANTIZED_AT_ONCE // quant_type.block_size
-    dequantize_kernel[(triton.cdiv(n_blocks, blocks),)](
-        out,
-        packed,
-        formula.table(packed.device),
-        n_blocks,
-        WEIGHTS=formula.weights,
-        BLOCK_SIZE=quant_type.block_size,
-        TYPE_SIZE=quant_type.type_size,
-        BLOCKS=blocks,
+    tile, options = dequantize_tile(quant_type)
+    dequantize_kernel[(triton.cdiv(n_blocks, tile["BLOCKS"]),)](
+        out, packed, formula.table(packed.device), n_blocks, WEIGHTS=formula.weights, **tile, **options
     )
 
 
@@ -106,7 +100,8 @@ def linear_into(
     """
     formula = FORMULAS[quant_type.name]
     input_rows, weight_rows = out.shape
-    linear_kernel[(triton.cdiv(weight_rows, WEIGHT_ROWS),)](
+    tile, options = linear_tile(quant_type, input_rows)
+    linear_kernel[(triton.cdiv(weight_rows, tile["WEIGHT_ROWS"]),)](
         out,
         input,
         packed,
@@ -116,14 +111,36 @@ def linear_into(
         weight_rows,
         packed.shape[1] // quant_type.type_size,
         WEIGHTS=formula.weights,
-        BLOCK_SIZE=quant_type.block_size,
-        TYPE_SIZE=quant_type.type_size,
-        BLOCKS=WEIGHT_COLUMNS // quant_type.block_size,
-        INPUT_ROWS=triton.next_power_of_2(input_rows),
-        WEIGHT_ROWS=WEIGHT_ROWS,
-        # Each thread holds a share of the tile for every row of input: sixteen rows take eight warps' registers.
-        num_warps=4 if input_rows <= 8 else 8,
+        **tile,
+        **options,
     )
+
+
+def dequantize_tile(quant_type: QuantType) -> tuple[dict[str, int], dict[str, int]]:
+    """What a program of the dequantizing kernel takes: its constants, and the options of its launch."""
+    return _blocks(quant_type, DEQUANTIZED_AT_ONCE), {"num_warps": 4}
+
+
+def linear_tile(quant_type: QuantType, input_rows: int) -> tuple[dict[str, int], dict[str, int]]:
+    """The same of the multiplying kernel, for a number of rows of input.
+
+    Each thread keeps a sum for every row of input and its share of the tile. The more rows, the more threads share a
+    tile, and then the smaller it is, so that no thread has more than `SUMS` of them and its registers suffice.
+    """
+    rows = triton.next_power_of_2(input_rows)
+    warps, weight_rows = 4, WEIGHT_ROWS
+    while rows * weight_rows * WEIGHT_COLUMNS > SUMS * 32 * warps:
+        warps, weight_rows = (warps * 2, weight_rows) if warps < 8 else (warps, weight_rows // 2)
+    tile = {"INPUT_ROWS": rows, "WEIGHT_ROWS": weight_rows}
+    return _blocks(quant_type, WEIGHT_COLUMNS) | tile, {"num_warps": warps}
+
+
+def _blocks(quant_type: QuantType, weights: int) -> dict[str, int]:
+    return {
+        "BLOCK_SIZE": quant_type.block_size,
+        "TYPE_SIZE": quant_type.type_size,
+        "BLOCKS": weights // quant_type.block_size,
+    }
 
 
 @triton.jit(do_not_specialize=["n_blocks"])

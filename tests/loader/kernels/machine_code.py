@@ -1,0 +1,127 @@
+"""What the Triton kernels become on cards that are not here: compiled ahead of time, and read.
+
+ptxas, cuobjdump and nvdisasm come with Triton, and so does LLVM's backend for AMD.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from auraflow_gguf.loader.kernels import triton_kernels
+from auraflow_gguf.loader.quant_types import QUANT_TYPES
+from triton.backends.compiler import GPUTarget
+
+CARDS = {
+    name: GPUTarget(backend, architecture, warp)
+    for name, backend, architecture, warp in (
+        ("sm_75", "cuda", 75, 32),  # RTX 20
+        ("sm_80", "cuda", 80, 32),  # A100
+        ("sm_86", "cuda", 86, 32),  # RTX 30
+        ("sm_89", "cuda", 89, 32),  # RTX 40
+        ("sm_90", "cuda", 90, 32),  # H100, H200
+        ("sm_100", "cuda", 100, 32),  # B200
+        ("sm_120", "cuda", 120, 32),  # RTX 50
+        ("gfx90a", "hip", "gfx90a", 64),  # MI200
+        ("gfx942", "hip", "gfx942", 64),  # MI300
+        ("gfx1100", "hip", "gfx1100", 32),  # RX 7900
+        ("gfx1201", "hip", "gfx1201", 32),  # RX 9070
+    )
+}
+DTYPES = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16}
+FEW_ROWS = (1, 2, 4, 8, 16)  # that the multiplying kernel is compiled for
+
+
+@dataclass(frozen=True)
+class MachineCode:
+    """A kernel on a card.
+
+    Attributes:
+        text: its assembly: PTX for NVIDIA, GCN for AMD.
+        registers: vector registers of a thread.
+        spilled: bytes of a thread's registers that are kept in memory.
+        instructions: how many of each there are, by name.
+    """
+
+    text: str
+    registers: int
+    spilled: int
+    instructions: Counter[str]
+
+    def widest(self, kind: str) -> int:
+        """Bytes that the widest ``load`` or ``store`` of global memory moves for a thread."""
+        return max(_bytes_moved(name, kind) for name in self.instructions)
+
+
+def _bytes_moved(instruction: str, kind: str) -> int:
+    """Of NVIDIA's ``LDG.E.128``, AMD's ``global_load_b128`` or, on older cards, ``global_load_dwordx4``."""
+    begin = {"load": r"(?:LDG\.|(?:global|buffer)_load_)", "store": r"(?:STG\.|(?:global|buffer)_store_)"}[kind]
+    if not re.match(begin, instruction):
+        return 0
+    if words := re.search(r"dwordx?(\d*)", instruction):
+        return 4 * int(words[1] or 1)
+    bits = re.search(r"\d+", instruction)
+    return int(bits[0]) // 8 if bits else 4
+
+
+def compiled(card: str, type_name: str, dtype: str, input_rows: int = 0, *, bias: bool = False) -> MachineCode:
+    """The code of a kernel, as a launch would have it.
+
+    Args:
+        card: one of `CARDS`.
+        type_name: of the packed weight.
+        dtype: of ``out`` and of the input, one of `DTYPES`.
+        input_rows: of the multiplying kernel; 0 for the dequantizing one.
+        bias: whether that adds one.
+    """
+    target, formula = CARDS[card], triton_kernels.FORMULAS[type_name]
+    if input_rows:
+        kernel = triton_kernels.linear_kernel
+        constants, options = triton_kernels.linear_tile(QUANT_TYPES[type_name], input_rows)
+    else:
+        kernel = triton_kernels.dequantize_kernel
+        constants, options = triton_kernels.dequantize_tile(QUANT_TYPES[type_name])
+    constants = {"WEIGHTS": formula.weights, **constants}
+    constants |= {} if formula.grid else {"table": None}
+    constants |= {} if bias or not input_rows else {"bias": None}
+    types = {"out": dtype, "input": dtype, "bias": dtype, "packed": "*u8", "table": "*i8"}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+    aligned = {
+        (place,): [["tt.divisibility", 16]]
+        for place, name in enumerate(kernel.arg_names)
+        if signature[name].startswith("*")
+    }
+    source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
+    asm = triton.compile(source, target=target, options=options).asm
+    return _of_nvidia(asm) if target.backend == "cuda" else _of_amd(asm)
+
+
+def _of_nvidia(asm: dict) -> MachineCode:
+    tools = Path(triton.backends.__file__).parent / "nvidia" / "bin"
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder, "kernel.cubin")
+        cubin.write_bytes(asm["cubin"])
+        usage = subprocess.run(
+            [tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
+        ).stdout
+        code = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+    names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code, re.MULTILINE)
+    return MachineCode(asm["ptx"], numbers["REG"], numbers["STACK"] + numbers["LOCAL"], Counter(names))
+
+
+def _of_amd(asm: dict) -> MachineCode:
+    text = asm["amdgcn"]
+
+    def number(key: str) -> int:
+        return int(re.search(rf"^\s*\.{key}:\s+(\d+)", text, re.MULTILINE)[1])
+
+    spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count")) + number("private_segment_fixed_size")
+    names = re.findall(r"^\t([a-z]\w+)", text.partition("s_endpgm")[0], re.MULTILINE)
+    return MachineCode(text, number("vgpr_count"), spilled, Counter(names))
