@@ -73,6 +73,7 @@ class Job:
         variables: added to the environment.
         alone: whether nothing else may run at the same time.
         may_be_empty: whether it is fine when no test is selected.
+        share: see `SHARES`.
     """
 
     tier: str
@@ -81,6 +82,7 @@ class Job:
     variables: dict[str, str] = field(default_factory=dict)
     alone: bool = False
     may_be_empty: bool = False
+    share: float = 0
 
 
 @dataclass(frozen=True)
@@ -127,18 +129,22 @@ class Plan:
     ) -> Iterator[Job | LeftOut]:
         for host in self.hosts:
             ran_on = f"ComfyUI {host.version} in {host.path}{also}"
-            selected = [] if host == newest(self.hosts) else ["-m", f"not {NEWEST_HOST_ONLY}"]
+            older = host != newest(self.hosts)
+            selected = ["-m", f"not {NEWEST_HOST_ONLY}"] if older else []
             job = self._pytest(tier, ran_on, [*paths, *selected])
-            yield replace(job, variables={"COMFYUI_PATH": str(host.path)}, alone=alone)
+            share = job.share / 2 if older else job.share
+            yield replace(job, variables={"COMFYUI_PATH": str(host.path)}, alone=alone, share=share)
         if not self.hosts:
             yield LeftOut(tier, "no ComfyUI was found and none could be cloned; COMFYUI_PATH names one")
 
     def _pytest(self, tier: str, ran_on: str, arguments: list[str]) -> Job:
         modules = [["pytest", *arguments, *self.pytest_arguments]]
-        return Job(tier, f"{ran_on}, {_torch()}", modules, may_be_empty=bool(self.pytest_arguments))
+        may_be_empty = bool(self.pytest_arguments)
+        return Job(tier, f"{ran_on}, {_torch()}", modules, may_be_empty=may_be_empty, share=SHARES[tier])
 
 
-LONGEST_FIRST = ("host", "unit", "server", "interop", "lint", "browser")
+# About what share of a whole run a tier takes: the longest begins first, so that none is left over at the end.
+SHARES = {"host": 6, "unit": 5, "browser": 3, "server": 2, "interop": 1, "lint": 0}
 
 
 def main(options: argparse.Namespace, hosts: list[Host]) -> int:
@@ -175,7 +181,7 @@ _printing = threading.Lock()
 
 def _run_all(planned: list[Job | LeftOut], at_once: int) -> list[Result | LeftOut]:
     """Runs the jobs, ``at_once`` of them at a time, those that want to be alone at the end; results as planned."""
-    jobs = sorted((job for job in planned if isinstance(job, Job)), key=lambda job: LONGEST_FIRST.index(job.tier))
+    jobs = sorted((job for job in planned if isinstance(job, Job)), key=lambda job: job.share, reverse=True)
     together = [job for job in jobs if not job.alone] if at_once > 1 else []
     results: dict[int, Result] = {}
     if len(together) > 1:

@@ -112,7 +112,7 @@ def test_patches_are_those_of_the_model_whatever_is_loaded(packed):
     merged = packed.clone()
     for merged_key, value in model.get_key_patches("diffusion_model.").items():
         merged.add_patches({merged_key: value}, 0.25, 0.75)
-    sample(model)
+    sample(model, **QUICK)
     assert torch.equal(ModelCheckpoint(packed).read(key), plain)
     torch.testing.assert_close(ModelCheckpoint(merged).read(key), plain + 0.25 * difference)
     assert ModelCheckpoint(packed).packed("diffusion_model.single_layers.0.attn.w1q.weight")[0].name == "Q4_0"
@@ -251,9 +251,9 @@ def test_an_interrupt_leaves_no_file(models):
 
 
 def test_importance_is_collected_while_sampling(packed, path, output):
-    latent = {"samples": torch.zeros(1, 4, 16, 16)}
+    latent = {"samples": torch.zeros(1, 4, 8, 8)}
     generator = torch.Generator().manual_seed(0)
-    positive, negative = ([[torch.randn(1, 24, 2048, generator=generator), {}]] for _ in range(2))
+    positive, negative = ([[torch.randn(1, 6, 2048, generator=generator), {}]] for _ in range(2))
 
     def collect(model, **options):
         arguments = {"seed": 5, "steps": 2, "cfg": 3.5, "sampler_name": "euler", "scheduler": "simple"}
@@ -268,14 +268,14 @@ def test_importance_is_collected_while_sampling(packed, path, output):
         ).args[0]["samples"]
 
     first = collect(packed)
-    assert first.shape == (1, 4, 16, 16)
+    assert first.shape == (1, 4, 8, 8)
     assert os.listdir(output / "imatrix") == ["x_00001_.gguf"]
     matrix = read_imatrix(output / "imatrix" / "x_00001_.gguf")
     weights = {name for name in open_gguf(path).tensors if name.endswith(".weight")}
     assert matrix.sums.keys() == weights
-    # two steps of the positive and the negative, of 64 patches, 24 tokens and 8 registers
-    assert matrix.counts["init_x_linear.weight"] == 2 * 2 * 64
-    assert matrix.counts["single_layers.0.attn.w1q.weight"] == 2 * 2 * (64 + 24 + 8)
+    # two steps of the positive and the negative, of 16 patches, 6 tokens and 8 registers
+    assert matrix.counts["init_x_linear.weight"] == 2 * 2 * 16
+    assert matrix.counts["single_layers.0.attn.w1q.weight"] == 2 * 2 * (16 + 6 + 8)
     assert matrix.counts["single_layers.0.modCX.1.weight"] in (2, 2 * 2)
     text = torch.cat([positive[0][0], negative[0][0]]).square().mean(dim=(0, 1))
     torch.testing.assert_close(torch.from_numpy(matrix.moments("cond_seq_linear.weight")), text)
