@@ -20,8 +20,8 @@ from . import triton_formulas as formulas
 # The most rows of input that the multiplying kernel takes.
 FEW_ROWS = 16
 
-# Weights of a program of the dequantizing kernel: 16 for each thread of four warps.
-DEQUANTIZED_AT_ONCE = 2048
+# Weights of a program of the dequantizing kernel: 32 for each thread of four warps, which share the work on a scale.
+DEQUANTIZED_AT_ONCE = 4096
 
 # Tile of the multiplying kernel: rows of the weight, at most, and weights of each; and sums of a thread.
 WEIGHT_ROWS, WEIGHT_COLUMNS = 8, 256
