@@ -8,13 +8,13 @@ import comfy.hooks
 import comfy.lora
 import torch
 
-LINEARS = {  # of two widths, in both kinds of layers, and one that is too small to be anything but loaded whole
+LINEARS = {  # of two widths, in a layer and outside, and one that is too small to be anything but loaded whole
     "double_layers.0.attn.w2k": (3072, 3072),
-    "single_layers.0.mlp.c_proj": (3072, 8192),
+    "cond_seq_linear": (3072, 2048),
     "final_linear": (16, 3072),
 }
 MODULATION = "single_layers.0.modCX.1"
-SHAPES = LINEARS | {MODULATION: (18432, 3072)}
+SHAPES = LINEARS | {MODULATION: (18432, 3072), "single_layers.0.mlp.c_proj": (3072, 8192)}
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -66,6 +66,7 @@ def diff(name, shape):
 
 
 KINDS = [lora, lora_alpha, dora, loha, lokr, glora, oft, boft, diff]
+IN_EVERY_HOST = (lora, loha, dora, lokr)  # of low rank, and of those that are functions of the weight
 
 
 @functools.lru_cache(maxsize=4)

@@ -6,7 +6,7 @@ import comfy.hooks
 import comfy.sample
 import torch
 
-QUICK = {"steps": 2, "size": 8, "tokens": 6}
+QUICK = {"steps": 2, "size": 4, "tokens": 2}
 """Arguments of ``sample`` for tests in which the path counts, not the picture."""
 
 

@@ -13,14 +13,14 @@ from auraflow_gguf.benchmarks.measure import anonymous_bytes
 from auraflow_gguf.loader.comfyui.model import load_model
 
 from .aura_files import make_gguf
-from .sampling import sample
+from .sampling import QUICK, sample
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"),
     reason="reads /proc/self, which Linux alone has, and the counters of glibc 2.33",
 )
 
-CYCLES = 50
+CYCLES = 20
 MAX_BYTES = 20_000  # that a cycle may leave
 MAX_OBJECTS = 100
 
@@ -72,7 +72,7 @@ def test_cycles_of_load_sample_and_unload_leave_nothing(tmp_path):
     def cycle() -> None:
         model = load_model(path)
         assert mappings_of(path)
-        sample(model, steps=1, cfg=1.0, size=8, tokens=4)
+        sample(model, **QUICK | {"steps": 1}, cfg=1.0)
         comfy.model_management.unload_all_models()
 
     for _ in range(3):

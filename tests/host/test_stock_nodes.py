@@ -29,7 +29,7 @@ def dense():
 
 
 @pytest.mark.parametrize("strengths", [(1.0,), (0.2, 1.5)], ids=str)
-@pytest.mark.parametrize("kind", [lora, dora], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [lora, pytest.param(dora, marks=pytest.mark.host_independent)], ids=["lora", "dora"])
 def test_lora_hooks_with_keyframes(packed, dense, kind, strengths):
     base = sample(packed, **QUICK)
     expected = sample(dense, hooks=lora_hooks(kind, strengths), **QUICK)
@@ -39,7 +39,11 @@ def test_lora_hooks_with_keyframes(packed, dense, kind, strengths):
     assert relative_error(sample(packed, **QUICK), base) == 0
 
 
-@pytest.mark.parametrize(("base", "hook"), [(diff, lora), (lora, lora), (lora, dora)], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize(
+    ("base", "hook"),
+    [(lora, dora), *(pytest.param(base, lora, marks=pytest.mark.host_independent) for base in (diff, lora))],
+    ids=lambda kind: kind.__name__,
+)
 def test_hooks_over_patches(packed, dense, base, hook):
     """What a hook changes is the patched weight: beside it, and (DoRA) where its norm counts."""
     expected = sample(patched(dense, base), hooks=lora_hooks(hook), **QUICK)
@@ -61,6 +65,7 @@ def test_hook_of_another_model(packed, dense):
     assert relative_error(sample(packed, **QUICK), expected) > 1e-3
 
 
+@pytest.mark.host_independent
 def test_model_sampling(packed, dense):
     def shifted(model):
         return sample(ModelSamplingAuraFlow().patch_aura(model, 6.0)[0], **QUICK)
@@ -155,6 +160,7 @@ def without_graph_breaks(options: dict) -> dict:
     return options | {"optimized_attention_override": lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)}
 
 
+@pytest.mark.host_independent
 def test_merged_by_blocks_with_a_dense_model(packed, dense):
     ratios = {"input": 0.3, "double_layers.": 0.9, "single_layers.0.mlp": 0.0}
 

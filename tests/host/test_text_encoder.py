@@ -23,7 +23,7 @@ from .aura_files import TEXT_SIZES, clip_of, dense_state_dict, dense_text_encode
 from .forward import CPU, loaded
 from .sampling import relative_error
 
-LENGTHS = (1, 77, 256, 768)
+LENGTHS = (77, 1, 768)  # the first in every mode
 PREFIX = "pile_t5xl.transformer."
 
 
@@ -66,7 +66,7 @@ def test_the_conditioning_is_that_of_the_dense_twin(type_name, lengths, modes):
         expected = twin.encode_from_tokens(tokens_of(twin, length))
         assert expected.shape == (1, length, 2048)
         assert relative_error(clip.encode_from_tokens(tokens_of(clip, length)), expected) < 1e-5, length
-        for mode in modes:
+        for mode in modes if length == lengths[0] else ():
             with loaded(clip.patcher, mode):
                 assert relative_error(encode(clip, length), expected) < 1e-5, (length, mode)
 
@@ -85,6 +85,7 @@ def test_a_full_size_encoder():
     assert relative_error(actual, twin.encode(prompt)) < 1e-5
 
 
+@pytest.mark.host_independent
 def test_the_embedding_dequantizes_the_rows_that_it_looks_up():
     clip = load(make_text_encoder_gguf("Q4_K"))
     embedding = clip.cond_stage_model.pile_t5xl.transformer.shared
