@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from aiohttp import web
 from comfy_api.latest import ComfyAPI, io
 
 import nodes
 
 from ..migration import REPLACEMENTS
-from .services import running_server
 
 
-def offer_replacements() -> None:
-    """Register the replacements when the server starts: only then all packs are loaded, and can be asked for.
-
-    Without a server there is no editor to offer them.
-    """
-    server = running_server()
-    if server is not None:
-        server.app.on_startup.append(_register)
-
-
-async def _register(_: web.Application) -> None:
+async def register_replacements() -> None:
+    """Offer the replacements, when all packs are loaded and can be asked for."""
     api = ComfyAPI()
     for old, replacement in REPLACEMENTS.items():
         if old in nodes.NODE_CLASS_MAPPINGS or replacement.new not in nodes.NODE_CLASS_MAPPINGS:
