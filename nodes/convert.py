@@ -119,7 +119,7 @@ class AuraFlowGGUFConvert(io.ComfyNode):
             tensor_types=rules(tensor_types),
             imatrix=imatrix_path(imatrix),
             part=part,
-            tokenizer=_tokenizer(),
+            tokenizer=_tokenizer() if part == "text_encoder" else None,
             progress=shown_progress(),
         )
         show_line(cls, str(target))
