@@ -109,6 +109,13 @@ def _parser() -> argparse.ArgumentParser:
     migrate = commands.add_parser("migrate", help="take a workflow over from another pack's GGUF loaders")
     migrate.add_argument("workflow", metavar="WORKFLOW", help="a .json file of the editor, or in API format")
     migrate.add_argument("--output", metavar="FILE", help="the file to make; else WORKFLOW with -auraflow in its name")
+    migrate.add_argument(
+        "--models",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="ComfyUI's models folder, if not above this one: nodes with other models' files in it stay; repeatable",
+    )
     migrate.add_argument("--overwrite", action="store_true", help="replace the output if it exists")
     migrate.set_defaults(command=_migrate)
     return parser
@@ -228,13 +235,19 @@ def _migrate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
     source = Path(options.workflow)
     target = Path(options.output) if options.output else source.with_stem(f"{source.stem}-auraflow")
-    changes = migrate_file(source, target, overwrite=options.overwrite)
+    changes = migrate_file(source, target, overwrite=options.overwrite, models=options.models or _models_above())
     if not changes:
         print(f"{source}: none of {', '.join(REPLACEMENTS)} is in it; nothing was written.")
         return OK
     print(*changes, sep="\n")
     print(f"{target}: written.")
     return OK
+
+
+def _models_above() -> list[Path]:
+    """The models folder of the ComfyUI in whose custom_nodes this folder is."""
+    around = Path(__file__).absolute().parent.parent
+    return [around.parent / "models"] if around.name == "custom_nodes" else []
 
 
 def _inputs(options: argparse.Namespace, parser: argparse.ArgumentParser):

@@ -1,6 +1,7 @@
 """Workflows made for other packs' GGUF loaders, taken over to this pack's, in editor and in API format.
 
-Imports nothing but the standard library and `loader.errors`; nodes/replacements.py gives the same table to ComfyUI.
+Needs nothing but the standard library, until there is a model file to look at; nodes/replacements.py gives the same
+table to ComfyUI.
 """
 
 from __future__ import annotations
@@ -8,8 +9,9 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from .loader.files.errors import ModelFileError
@@ -27,6 +29,8 @@ class Replacement:
         inputs: our input for each of the other's that has one; all others fall away.
         added: values of our further widgets, which follow the taken over ones.
         only: values that a widget of the other node must have, for AuraFlow's sake; else the node stays.
+        part: what its file must be, a name among `loader.files.parts.PARTS`; else the node stays.
+        folders: of ComfyUI's models, which have that file; the first of ``inputs`` names it.
     """
 
     new: str
@@ -34,13 +38,16 @@ class Replacement:
     inputs: dict[str, str]
     added: dict[str, Any]
     only: dict[str, tuple[str, ...]]
+    part: str
+    folders: tuple[str, ...]
 
 
 _DEFAULTS = {"compute_dtype": "auto", "modulation_cache": True}
+_TRANSFORMER = {"part": "transformer", "folders": ("diffusion_models", "unet")}
 
 REPLACEMENTS = {
     "UnetLoaderGGUF": Replacement(
-        "AuraFlowGGUFLoader", ("unet_name",), {"unet_name": "model_name"}, added=_DEFAULTS, only={}
+        "AuraFlowGGUFLoader", ("unet_name",), {"unet_name": "model_name"}, added=_DEFAULTS, only={}, **_TRANSFORMER
     ),
     "UnetLoaderGGUFAdvanced": Replacement(
         "AuraFlowGGUFLoader",
@@ -48,6 +55,7 @@ REPLACEMENTS = {
         {"unet_name": "model_name"},
         added=_DEFAULTS,
         only={},
+        **_TRANSFORMER,
     ),
     "CLIPLoaderGGUF": Replacement(
         "AuraFlowGGUFTextEncoderLoader",
@@ -56,6 +64,8 @@ REPLACEMENTS = {
         added={},
         # what AuraFlow's graphs choose: Pile-T5-XL is recognised by its weights
         only={"type": ("stable_diffusion",)},
+        part="text_encoder",
+        folders=("text_encoders", "clip"),
     ),
 }
 
@@ -63,8 +73,17 @@ REPLACEMENTS = {
 _ORIGIN = ("cnr_id", "aux_id", "ver")
 
 
-def migrate_file(source: str | os.PathLike, target: str | os.PathLike, *, overwrite: bool = False) -> list[str]:
+def migrate_file(
+    source: str | os.PathLike,
+    target: str | os.PathLike,
+    *,
+    overwrite: bool = False,
+    models: Iterable[str | os.PathLike] = (),
+) -> list[str]:
     """Write the workflow in ``source`` to ``target`` with this pack's nodes.
+
+    Args:
+        models: ComfyUI's folders of models: a node whose file is found there, and is another model's, stays.
 
     Returns:
         a sentence for each node that was or was not taken over; none when the workflow has no such node, and then
@@ -80,7 +99,7 @@ def migrate_file(source: str | os.PathLike, target: str | os.PathLike, *, overwr
             raise _no_workflow(source, "no text") from error
         except (ValueError, RecursionError) as error:
             raise _no_workflow(source, f"no JSON ({error})") from error
-    changes = migrate(workflow, source)
+    changes = migrate(workflow, source, models)
     if changes:
         _write(target, workflow, overwrite)
     return changes
@@ -106,20 +125,24 @@ def _write(target: str | os.PathLike, workflow: Json, overwrite: bool) -> None:
             os.unlink(temporary)
 
 
-def migrate(workflow: object, path: str | os.PathLike = "workflow") -> list[str]:
+def migrate(
+    workflow: object, path: str | os.PathLike = "workflow", models: Iterable[str | os.PathLike] = ()
+) -> list[str]:
     """Change a workflow in place, as `migrate_file` says.
 
     Args:
         workflow: in editor format, ``{"nodes": [...], ...}`` with subgraphs, or in API format,
             ``{id: {"class_type": ..., "inputs": ...}}``, alone or as ``prompt`` of a request.
         path: for the error message.
+        models: as `migrate_file` takes them.
     """
+    folders = [Path(folder) for folder in models]
     if isinstance(workflow, dict) and all(map(_has_nodes, _graphs(workflow))):
-        return list(_migrate_editor(workflow))
+        return [*_migrate_editor(workflow, folders), *_group_nodes(workflow)]
     if isinstance(workflow, dict) and workflow and all(_is_prompt_node(node) for node in workflow.values()):
-        return list(_migrate_prompt(workflow))
+        return list(_migrate_prompt(workflow, folders))
     if isinstance(workflow, dict) and isinstance(workflow.get("prompt"), dict):
-        return migrate(workflow["prompt"], path)
+        return migrate(workflow["prompt"], path, models)
     raise _no_workflow(path, "other JSON")
 
 
@@ -148,13 +171,13 @@ def _no_workflow(path: str | os.PathLike, found: str) -> ModelFileError:
     )
 
 
-def _migrate_prompt(workflow: Json) -> Iterator[str]:
+def _migrate_prompt(workflow: Json, models: list[Path]) -> Iterator[str]:
     for key, node in workflow.items():
         old = node["class_type"]
         replacement = REPLACEMENTS.get(old)
         if replacement is None:
             continue
-        refusal = _refusal(replacement, node["inputs"])
+        refusal = _refusal(replacement, node["inputs"], models)
         if refusal:
             yield f"{old} {key} stays: {refusal}"
             continue
@@ -164,7 +187,7 @@ def _migrate_prompt(workflow: Json) -> Iterator[str]:
         yield f"{old} {key} becomes {replacement.new}"
 
 
-def _migrate_editor(workflow: Json) -> Iterator[str]:
+def _migrate_editor(workflow: Json, models: list[Path]) -> Iterator[str]:
     graphs = _graphs(workflow)
     renamed: dict[str, dict[str, dict[str, str]]] = {}  # subgraph → node in it → its inputs' new names
     for graph in graphs:
@@ -174,7 +197,7 @@ def _migrate_editor(workflow: Json) -> Iterator[str]:
                 continue
             old, number = node["type"], node["id"]
             values = _widget_values(node, replacement)
-            refusal = _refusal(replacement, values)
+            refusal = _refusal(replacement, values, models)
             if refusal:
                 yield f"{old} {number} stays: {refusal}"
                 continue
@@ -193,10 +216,52 @@ def _migrate_editor(workflow: Json) -> Iterator[str]:
                     followed = False
 
 
-def _refusal(replacement: Replacement, values: Json) -> str | None:
+def _group_nodes(workflow: Json) -> Iterator[str]:
+    """A sentence for each node in one of the editor's older group nodes. A group's values are stored by their places
+    among the widgets of all nodes in it, which only the editor knows: so the group stays as it is."""
+    extra = workflow.get("extra")
+    groups = extra.get("groupNodes") if isinstance(extra, dict) else None
+    for name, group in (groups or {}).items():
+        for node in group.get("nodes") or []:
+            if node.get("type") in REPLACEMENTS:
+                yield (
+                    f"{node['type']} in the group node {name} stays: open the workflow in ComfyUI, convert the group "
+                    "node to nodes or to a subgraph, save it, and migrate it again"
+                )
+
+
+def _refusal(replacement: Replacement, values: Json, models: list[Path]) -> str | None:
     for name, allowed in replacement.only.items():
         if values.get(name, allowed[0]) not in allowed:
             return f"its {name} is {values[name]}, for another model than AuraFlow"
+    file = values.get(next(iter(replacement.inputs)))
+    for path in _candidates(file, replacement.folders, models):
+        if path.is_file() and (what := _other_model(path, replacement.part)):
+            return f"its file {file} is {what}"
+    return None
+
+
+def _candidates(file: object, folders: tuple[str, ...], models: list[Path]) -> Iterator[Path]:
+    """Where the file may be that a widget names; one that is linked names none."""
+    if isinstance(file, str) and file:
+        parts = file.replace("\\", "/").split("/")  # a workflow from Windows
+        yield from (model / folder / Path(*parts) for model in models for folder in folders)
+
+
+def _other_model(path: Path, part: str) -> str | None:
+    """What a file is that is not ``part`` of AuraFlow; None also where it cannot be looked at."""
+    from .loader.files.gguf_file import open_gguf  # needs torch
+    from .loader.files.matching import check_kind
+    from .loader.files.parts import PARTS
+
+    try:
+        file = open_gguf(path)
+    except (ModelFileError, OSError):
+        return None
+    try:
+        check_kind(PARTS[part], file.shapes, metadata=file.metadata, path=file.path)
+    except ModelFileError as error:
+        return error.found
     return None
 
 

@@ -12,7 +12,7 @@ from comfy_api.latest import io, ui
 from ..loader.files.parts import PARTS
 from ..quantizer.recipe import RECIPES
 from .feedback import show_line, shown_progress
-from .folders import MODEL_FOLDER, TEXT_ENCODER_FOLDER, fingerprint
+from .folders import MODEL_FOLDER, TEXT_ENCODER_FOLDER, file_names, fingerprint, full_path
 from .importance import NO_FILE, imatrix_input, imatrix_path
 
 _SOURCE_FOLDERS = {  # ComfyUI's keys of what is in each
@@ -108,7 +108,7 @@ class AuraFlowGGUFConvert(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..quantizer.convert import convert, model_name, part_in  # needs libgguf, the other nodes do not
 
-        path = folder_paths.get_full_path_or_raise(*_located(source))
+        path = full_path(*_located(source))
         part = part_in(path) if part == _AUTO else part
         target = _target(output_name or f"{model_name(path)}-{type}", _TARGET_FOLDERS[part])
         convert(
@@ -119,7 +119,7 @@ class AuraFlowGGUFConvert(io.ComfyNode):
             tensor_types=rules(tensor_types),
             imatrix=imatrix_path(imatrix),
             part=part,
-            tokenizer=_tokenizer(),
+            tokenizer=_tokenizer() if part == "text_encoder" else None,
             progress=shown_progress(),
         )
         show_line(cls, str(target))
@@ -128,12 +128,7 @@ class AuraFlowGGUFConvert(io.ComfyNode):
 
 def _sources() -> list[str]:
     """The choices: a folder of ``models`` with the name of a file in it."""
-    names = (
-        f"{folder}/{name}"
-        for folder, keys in _SOURCE_FOLDERS.items()
-        for key in keys
-        for name in folder_paths.get_filename_list(key)
-    )
+    names = (f"{folder}/{name}" for folder, keys in _SOURCE_FOLDERS.items() for key in keys for name in file_names(key))
     return list(dict.fromkeys(names))  # other packs list GGUF files under both keys
 
 
@@ -143,7 +138,7 @@ def _located(source: str) -> tuple[str, str]:
     if folder not in _SOURCE_FOLDERS:
         raise ValueError(f"{source} is in none of the folders {', '.join(_SOURCE_FOLDERS)}.")
     keys = _SOURCE_FOLDERS[folder]
-    return next((key for key in keys if name in folder_paths.get_filename_list(key)), keys[0]), name
+    return next((key for key in keys if name in file_names(key)), keys[0]), name
 
 
 def _tokenizer() -> Path:

@@ -7,7 +7,8 @@ from collections.abc import Callable
 import comfy.model_management
 import comfy.utils
 from comfy_api.latest import io
-from server import PromptServer
+
+from .services import running_server
 
 
 def shown_progress() -> Callable[[int, int], None]:
@@ -22,6 +23,7 @@ def shown_progress() -> Callable[[int, int], None]:
 
 
 def show_line(node: type[io.ComfyNode], line: str) -> None:
-    """Write a line into a node with `io.Hidden.unique_id`; one that is called outside of a graph has no place."""
-    if node.hidden is not None:
-        PromptServer.instance.send_progress_text(line, node.hidden.unique_id)
+    """Write a line into a node with `io.Hidden.unique_id`; without a server, or outside of a graph, it has no place."""
+    server = running_server()
+    if server is not None and node.hidden is not None and node.hidden.unique_id is not None:
+        server.send_progress_text(line, node.hidden.unique_id)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..loader.files.errors import ModelFileError
 from ..quantizer.inspection import Description, describe, report, verify
 from .feedback import shown_progress
-from .folders import MODEL_FOLDER, TEXT_ENCODER_FOLDER, fingerprint
+from .folders import MODEL_FOLDER, TEXT_ENCODER_FOLDER, file_names, fingerprint, full_path
 
 _TEXT_ENCODERS = "text_encoders/"  # before the names of text encoders, which may be those of transformers too
 
@@ -31,8 +30,8 @@ class AuraFlowGGUFInspect(io.ComfyNode):
                 io.Combo.Input(
                     "model_name",
                     options=[
-                        *folder_paths.get_filename_list(MODEL_FOLDER),
-                        *(f"{_TEXT_ENCODERS}{name}" for name in folder_paths.get_filename_list(TEXT_ENCODER_FOLDER)),
+                        *file_names(MODEL_FOLDER),
+                        *(f"{_TEXT_ENCODERS}{name}" for name in file_names(TEXT_ENCODER_FOLDER)),
                     ],
                     tooltip="A .gguf file in models/diffusion_models, or a text encoder's in models/text_encoders.",
                 ),
@@ -52,7 +51,7 @@ class AuraFlowGGUFInspect(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, check_numbers: bool = False) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise(*_located(model_name))
+        path = full_path(*_located(model_name))
         try:
             description = describe(path)
             problems = verify(path, progress=shown_progress()) if check_numbers else []
@@ -72,7 +71,7 @@ def _located(model_name: str) -> tuple[str, str]:
     """ComfyUI's key of the folder that a choice is in, and its name there. A transformer may be in a subfolder that is
     called as the text encoders' folder is."""
     name = model_name.removeprefix(_TEXT_ENCODERS)
-    if name == model_name or model_name in folder_paths.get_filename_list(MODEL_FOLDER):
+    if name == model_name or model_name in file_names(MODEL_FOLDER):
         return MODEL_FOLDER, model_name
     return TEXT_ENCODER_FOLDER, name
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import logging
 
-import folder_paths
 from comfy_api.latest import io
 
 from ..loader.comfyui.lora import load_lora
 from .feedback import show_line
-from .folders import fingerprint
+from .folders import file_names, fingerprint, full_path
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +31,7 @@ class AuraFlowLoraLoader(io.ComfyNode):
                 io.Model.Input("model", tooltip="An AuraFlow or Pony V7 model."),
                 io.Combo.Input(
                     "lora_name",
-                    options=folder_paths.get_filename_list(LORA_FOLDER),
+                    options=file_names(LORA_FOLDER),
                     tooltip="A file in models/loras.",
                 ),
                 io.Float.Input(
@@ -54,7 +53,7 @@ class AuraFlowLoraLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, lora_name: str, strength: float) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise(LORA_FOLDER, lora_name)
+        path = full_path(LORA_FOLDER, lora_name)
         patched, report = load_lora(model, path, strength)
         logger.log(logging.WARNING if report.unmatched else logging.INFO, "%s: %s", lora_name, report)
         show_line(cls, str(report))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import folder_paths
 import torch
 from comfy_api.latest import io
 
 from ..loader.comfyui.model import load_model
-from .folders import MODEL_FOLDER, fingerprint
+from .folders import MODEL_FOLDER, file_names, fingerprint, full_path
 
 _COMPUTE_DTYPES = {
     "auto": None,
@@ -32,7 +31,7 @@ class AuraFlowGGUFLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "model_name",
-                    options=folder_paths.get_filename_list(MODEL_FOLDER),
+                    options=file_names(MODEL_FOLDER),
                     tooltip="A .gguf file in models/diffusion_models or models/unet, subfolders included.",
                 ),
                 io.Combo.Input(
@@ -66,5 +65,5 @@ class AuraFlowGGUFLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, compute_dtype: str = "auto", modulation_cache: bool = True) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise(MODEL_FOLDER, model_name)
+        path = full_path(MODEL_FOLDER, model_name)
         return io.NodeOutput(load_model(path, _COMPUTE_DTYPES[compute_dtype], modulation_cache))

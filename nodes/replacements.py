@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from aiohttp import web
 from comfy_api.latest import ComfyAPI, io
-from server import PromptServer
 
 import nodes
 
 from ..migration import REPLACEMENTS
 
 
-def offer_replacements() -> None:
-    """Register the replacements when the server starts: only then all packs are loaded, and can be asked for."""
-    PromptServer.instance.app.on_startup.append(_register)
-
-
-async def _register(_: web.Application) -> None:
+async def register_replacements() -> None:
+    """Offer the replacements, when all packs are loaded and can be asked for."""
     api = ComfyAPI()
     for old, replacement in REPLACEMENTS.items():
         if old in nodes.NODE_CLASS_MAPPINGS or replacement.new not in nodes.NODE_CLASS_MAPPINGS:

@@ -6,7 +6,7 @@ import folder_paths
 from comfy_api.latest import io
 
 from ..loader.comfyui.text_encoder import load_text_encoder
-from .folders import TEXT_ENCODER_FOLDER, fingerprint
+from .folders import TEXT_ENCODER_FOLDER, file_names, fingerprint, full_path
 
 
 class AuraFlowGGUFTextEncoderLoader(io.ComfyNode):
@@ -24,7 +24,7 @@ class AuraFlowGGUFTextEncoderLoader(io.ComfyNode):
             inputs=[
                 io.Combo.Input(
                     "text_encoder_name",
-                    options=folder_paths.get_filename_list(TEXT_ENCODER_FOLDER),
+                    options=file_names(TEXT_ENCODER_FOLDER),
                     tooltip="A .gguf file in models/text_encoders or models/clip, subfolders included.",
                 ),
             ],
@@ -37,5 +37,5 @@ class AuraFlowGGUFTextEncoderLoader(io.ComfyNode):
 
     @classmethod
     def execute(cls, text_encoder_name: str) -> io.NodeOutput:
-        path = folder_paths.get_full_path_or_raise(TEXT_ENCODER_FOLDER, text_encoder_name)
+        path = full_path(TEXT_ENCODER_FOLDER, text_encoder_name)
         return io.NodeOutput(load_text_encoder(path, folder_paths.get_folder_paths("embeddings")))

@@ -85,8 +85,13 @@ def convert(
             expected="the name of the .gguf file to make",
             advice="Give the file's name and not a folder's: ComfyUI lists GGUF files by that ending.",
         )
+    checkpoint = open_checkpoint(source, part)
+    if tokenizer and part_of(checkpoint.shapes, part) is not PILE_T5_XL:
+        logger.warning(
+            "The tokenizer %s has no effect: only a text encoder's file has one.", os.path.basename(tokenizer)
+        )
     convert_checkpoint(
-        open_checkpoint(source, part),
+        checkpoint,
         target,
         recipe,
         name=model_name(source),

@@ -4,10 +4,16 @@ import copy
 import json
 from pathlib import Path
 
+import gguf
+import numpy as np
 import pytest
 from auraflow_gguf import cli
 from auraflow_gguf.loader.files.errors import ModelFileError
 from auraflow_gguf.migration import migrate
+from auraflow_gguf.quantizer.convert import convert
+from safetensors.torch import save_file
+
+from .quantizer.small_model import FIXED, native_weights
 
 PROMPT = {
     "1": {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": "pony/v7-Q4_K_M.gguf"}},
@@ -125,6 +131,74 @@ def test_a_text_encoder_of_another_model_stays():
     before = copy.deepcopy(node)
     assert migrate({"nodes": [node]}) == ["CLIPLoaderGGUF 1 stays: its type is wan, for another model than AuraFlow"]
     assert node == before
+
+
+@pytest.fixture
+def models(tmp_path):
+    """ComfyUI's folder of models, with a file of another model, one of AuraFlow's, and one that cannot be read."""
+    folder = tmp_path / "models"
+    (folder / "unet" / "wan").mkdir(parents=True)
+    (folder / "text_encoders").mkdir()
+    for path, architecture, name in (
+        (folder / "unet" / "wan" / "flux.gguf", "flux", "double_blocks.0.img_attn.norm.key_norm.scale"),
+        (folder / "text_encoders" / "clip.gguf", "clip", "text_model.embeddings.position_embedding.weight"),
+    ):
+        writer = gguf.GGUFWriter(path, architecture)
+        writer.add_tensor(name, np.ones((77, 32), np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+    save_file(native_weights(), tmp_path / "aura.safetensors")
+    convert(tmp_path / "aura.safetensors", folder / "unet" / "aura.gguf", "Q8_0", fixed=FIXED)
+    (folder / "unet" / "broken.gguf").write_bytes(b"GGUF")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("kind", "file", "found"),
+    [
+        ("UnetLoaderGGUF", "wan/flux.gguf", "a Flux transformer"),
+        ("UnetLoaderGGUFAdvanced", "wan\\flux.gguf", "a Flux transformer"),
+        ("UnetLoaderGGUF", "aura.gguf", None),
+        ("UnetLoaderGGUF", "broken.gguf", None),
+        ("UnetLoaderGGUF", "elsewhere.gguf", None),
+        ("CLIPLoaderGGUF", "clip.gguf", "CLIP"),
+    ],
+)
+def test_a_node_whose_file_is_another_model_s_stays_where_the_file_can_be_looked_at(models, kind, file, found):
+    name = "clip_name" if kind == "CLIPLoaderGGUF" else "unet_name"
+    prompt = {"7": {"class_type": kind, "inputs": {name: file}}}
+    graph = {"nodes": [editor_node(7, kind, [file], name)]}
+    for workflow in (prompt, graph):
+        before = copy.deepcopy(workflow)
+        (change,) = migrate(workflow, models=[models.parent / "none", models])
+        assert (workflow == before) == bool(found)
+        if found:
+            assert change.startswith(f"{kind} 7 stays: its file {file} is ")
+            assert found in change
+        else:
+            assert " becomes " in change
+
+
+def test_the_command_looks_into_the_folders_that_it_is_given(models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    prompt = {"1": {"class_type": "UnetLoaderGGUF", "inputs": {"unet_name": "wan/flux.gguf"}}}
+    Path("flow.json").write_text(json.dumps(prompt))
+    assert cli.main(["migrate", "flow.json", "--models", "models"]) == 0
+    assert "UnetLoaderGGUF 1 stays: its file wan/flux.gguf is a Flux transformer" in capsys.readouterr().out
+    assert json.loads(Path("flow-auraflow.json").read_text()) == prompt
+
+
+def test_a_node_in_an_older_group_node_is_named_and_stays():
+    inside = editor_node(0, "UnetLoaderGGUF", ["v7.gguf"], "unet_name")
+    groups = {"my loaders": {"nodes": [inside, {"type": "KSampler"}], "links": [], "external": []}}
+    graph = {"nodes": [{"id": 3, "type": "workflow>my loaders", "widgets_values": ["v7.gguf"]}]}
+    graph["extra"] = {"groupNodes": groups}
+    before = copy.deepcopy(graph)
+    (change,) = migrate(graph)
+    assert change.startswith("UnetLoaderGGUF in the group node my loaders stays: open the workflow in ComfyUI, convert")
+    assert graph == before
 
 
 @pytest.mark.parametrize("other", [[], {}, {"nodes": 1}, {"nodes": [{"type": "X"}]}, {"1": {"class_type": "X"}}, 5])

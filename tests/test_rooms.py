@@ -46,7 +46,6 @@ PACKAGES = {
     "safetensors": (COMFYUI,),
     "sentencepiece": (QUANTIZER,),
     "threadpoolctl": (KERNELS,),
-    "aiohttp": ("nodes",),
     "torch": (TYPES, FILES, KERNELS, WEIGHTS, COMFYUI, DIFFUSERS, CHECKPOINTS, QUANTIZER, QUALITY, "nodes", "cli.py"),
 }
 HOST = {"comfy", "comfy_api", "comfy_execution", "execution", "folder_paths", "latent_preview", "nodes", "server"}

@@ -1,16 +1,10 @@
-"""LoRA files of AuraFlow, in every spelling that trainers write.
-
-ComfyUI maps ``diffusion_model.<native>``, ``lora_unet_<native>`` and ``transformer.<diffusers>``. Trainers also write
-PEFT's ``base_model.model.``, LyCORIS's ``lycoris_``, kohya's ``lora_transformer_`` and names with no prefix at all,
-each in both spellings.
-"""
+"""LoRA files of AuraFlow as patches of a MODEL."""
 
 from __future__ import annotations
 
 import os
 import pickle
-import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import comfy.lora
@@ -18,46 +12,17 @@ import comfy.utils
 import torch
 from comfy.model_base import AuraFlow
 from comfy.model_patcher import ModelPatcher
+from comfy.weight_adapter import LoRAAdapter
 from safetensors import SafetensorError
 
-from ..files.auraflow import AURAFLOW
 from ..files.errors import ModelFileError, listed
 from ..files.matching import TensorsError
 from ..files.recognise import HEAD_BYTES, recognise_bytes
-from ..weights.state_dict import swap_row_halves
+from .fused import NotSeparable, Tensors, split
+from .lora_names import fused_map, key_map, kind, modules_of, other_model
+from .peft_dora import PeftDoRA
 
-MODEL = "diffusion_model."
-
-DOTTED_PREFIXES = (
-    "",
-    "diffusion_model.",
-    "model.diffusion_model.",
-    "transformer.",
-    "base_model.model.",
-    "base_model.model.diffusion_model.",
-    "base_model.model.transformer.",
-)
-UNDERSCORED_PREFIXES = ("lora_unet_", "lora_transformer_", "lycoris_")
-
-# What follows a module's name in a LoRA file: the suffixes that ComfyUI's weight adapters read.
-_SUFFIX = re.compile(
-    r"(\.lora_(up|down|mid)(\.weight)?|\.lora_[AB](\.weight)?|\.lora\.(up|down)\.weight|_lora\.(up|down)\.weight"
-    r"|\.lora_linear_layer\.(up|down)\.weight|\.[ab][12]\.weight|\.hada_(w[12]_[ab]|t[12])|\.lokr_(w[12](_[ab])?|t2)"
-    r"|\.oft_(blocks|diag)|\.rescale|\.alpha|\.dora_scale|\.diff(_b)?|\.set_weight|\.reshape_weight)$"
-)
-
-# PEFT's name of an adapter; ComfyUI expects "default" or none.
-_ADAPTER = re.compile(r"(?<=\.lora_[AB])\.\w+(?=\.weight$)")
-
-# LoRAs of other models, by a name that only they have; the first that fits.
-_OTHER_LORAS = (
-    ("an SDXL or SD1 LoRA", r"(input|output|down|up)_blocks[._]\d|mid(dle)?_block[._]"),
-    ("a Flux or Chroma LoRA", r"(double_blocks|single_blocks)[._]\d|single_transformer_blocks[._]\d+[._]proj_"),
-    ("a LoRA of Flux, SD3, Qwen-Image or another model", r"(?<!joint_)(?<!single_)transformer_blocks[._]\d"),
-    ("an SD3 LoRA", r"joint_blocks[._]\d"),
-    ("a Wan LoRA", r"(^|[._])blocks[._]\d+[._](self|cross)_attn"),
-)
-_TEXT_ENCODER = r"^(lora_te\d?_|text_encoder)"
+_MAGNITUDE = ".lora_magnitude_vector"
 
 
 @dataclass(frozen=True)
@@ -83,30 +48,6 @@ class LoraReport:
         return f"{text}; not applied: {listed(self.unread)}" if self.unread else text
 
 
-def key_map(names: Iterable[str]) -> dict[str, str | tuple]:
-    """Where a LoRA's module goes, by every name that it may have.
-
-    Args:
-        names: the model's state dict keys.
-
-    Returns:
-        module name in a LoRA file → state dict key, or ComfyUI's ``(key, offset, function)`` where the rows of the
-        change have to change places, as in diffusers' ``norm_out.linear``.
-    """
-    targets: dict[str, str | tuple] = {}
-    for key in names:
-        native = key.removeprefix(MODEL)
-        if not native.endswith(".weight") or not (found := AURAFLOW.find(native, "native")):
-            continue
-        swapped = (key, None, swap_row_halves) if found[0].swap_halves else key
-        spellings = ((native, key), (AURAFLOW.spell(native, "diffusers"), swapped))
-        for name, target in spellings:
-            module = name.removesuffix(".weight")
-            targets |= {f"{prefix}{module}": target for prefix in DOTTED_PREFIXES}
-            targets |= {f"{prefix}{module.replace('.', '_')}": target for prefix in UNDERSCORED_PREFIXES}
-    return targets
-
-
 def load_lora(model: ModelPatcher, path: str | os.PathLike, strength: float) -> tuple[ModelPatcher, LoraReport]:
     """A clone of an AuraFlow model, packed or dense, with a LoRA file's patches.
 
@@ -122,34 +63,102 @@ def load_lora(model: ModelPatcher, path: str | os.PathLike, strength: float) -> 
     """
     if not isinstance(model.model, AuraFlow):
         raise ValueError(f"The model is {type(model.model).__name__}, not AuraFlow: connect an AuraFlow model.")
-    state = {_ADAPTER.sub("", name): tensor for name, tensor in _read(path).items()}
-    modules = {_SUFFIX.sub("", name) for name in state if _SUFFIX.search(name)}
+    modules, unread = modules_of(_read(path))
     if not modules:
         raise ModelFileError(
             path,
-            found=f"{len(state)} tensors of which none is a LoRA's ({listed(list(state))})",
+            found=f"{len(unread)} tensors of which none is a LoRA's ({listed(unread)})",
             expected="a LoRA of AuraFlow",
             advice="Pick a LoRA file; a whole model belongs in a model loader.",
         )
-    targets = {name: target for name, target in key_map(model.model.state_dict()).items() if name in modules}
+    weights = model.model.state_dict()
+    targets, fused = key_map(weights), fused_map(weights)
     # Flux has linears of AuraFlow's names and shapes (single_transformer_blocks.0.attn.to_q), and others besides.
-    unknown = sorted(modules - targets.keys())
-    other_model = _other_model(unknown)
-    if not targets or other_model:
+    unknown = sorted(modules.keys() - targets.keys() - fused.keys())
+    other = other_model(unknown)
+    if len(unknown) == len(modules) or other:
         raise TensorsError(
             path,
-            found=f"{other_model or _kind(modules)} ({listed(unknown)})",
+            found=f"{other or kind(modules)} ({listed(unknown)})",
             expected="a LoRA of AuraFlow",
             advice="Some of its modules have AuraFlow's names, but are another model's: pick a LoRA made for AuraFlow."
-            if targets
+            if len(unknown) < len(modules)
             else "None of its modules is in this model, so it would change nothing: pick a LoRA made for AuraFlow.",
             tensors=sorted(modules),
         )
-    clone = model.clone()
-    applied = set(clone.add_patches(comfy.lora.load_lora(state, targets, log_missing=False), strength))
-    matched = {name for name, target in targets.items() if target in applied or _bias(target) in applied}
-    unread = tuple(name for name in state if not _SUFFIX.search(name))
-    return clone, LoraReport(len(matched), len(modules), tuple(sorted(modules - matched)), unread)
+    parts = []
+    for name, tensors in modules.items():
+        if name in targets:
+            parts.append(_Part(name, targets[name], tensors))
+        elif name in fused:
+            parts += _split(path, name, fused[name], tensors, weights)
+    clone, applied = model.clone(), set()
+    for some in _once_each(parts):
+        added = set(clone.add_patches(_patches(path, some), strength))
+        applied |= {part.module for part in some if part.target in added or _bias(part.target) in added}
+    return clone, LoraReport(len(applied), len(modules), tuple(sorted(modules.keys() - applied)), tuple(unread))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A module of a file, or what of a fused one is for one weight: its tensors, and where their change goes."""
+
+    module: str
+    target: str | tuple
+    tensors: Tensors
+
+
+def _split(
+    path: str | os.PathLike, module: str, keys: tuple[str, ...], tensors: Tensors, weights: Mapping[str, torch.Tensor]
+) -> Iterator[_Part]:
+    try:
+        pieces = split(tensors, len(keys), len(weights[keys[0]]))
+    except NotSeparable as error:
+        raise TensorsError(
+            path,
+            found=f"{module}, which {error}",
+            expected="a change that can be cut into those of the weights that are joined in it",
+            advice="AuraFlow's q, k and v are weights of their own here: train the LoRA without fused projections.",
+            tensors=[module],
+        ) from error
+    for key, terms in zip(keys, pieces, strict=True):
+        yield from (_Part(module, key, term) for term in terms)
+
+
+def _once_each(parts: Iterable[_Part]) -> list[list[_Part]]:
+    """The parts in groups that have each target once: ComfyUI takes a dictionary of patches by target."""
+    groups: list[dict[str | tuple, _Part]] = []
+    for part in parts:
+        free = next((group for group in groups if part.target not in group), None)
+        if free is None:
+            groups.append(free := {})
+        free[part.target] = part
+    return [list(group.values()) for group in groups]
+
+
+def _patches(path: str | os.PathLike, parts: list[_Part]) -> dict[str | tuple, object]:
+    """ComfyUI's patches of modules that have a target each."""
+    named = {f"{number} {part.module}": part for number, part in enumerate(parts)}
+    state = {f"{name}{suffix}": tensor for name, part in named.items() for suffix, tensor in part.tensors.items()}
+    patches = comfy.lora.load_lora(state, {name: part.target for name, part in named.items()}, log_missing=False)
+    for part in parts:
+        magnitude = part.tensors.get(_MAGNITUDE)
+        if magnitude is not None:
+            patches[part.target] = _peft_dora(path, part, patches.get(part.target), magnitude)
+    return patches
+
+
+def _peft_dora(path: str | os.PathLike, part: _Part, adapter: object, magnitude: torch.Tensor) -> PeftDoRA:
+    up, down, alpha, *others = adapter.weights if isinstance(adapter, LoRAAdapter) else (None, None, None, None)
+    if up is None or any(other is not None for other in others) or magnitude.numel() != len(up):
+        raise TensorsError(
+            path,
+            found=f"{part.module} with PEFT's magnitudes of DoRA ({_MAGNITUDE.lstrip('.')}), but not on a LoRA of them",
+            expected="lora_A and lora_B with as many rows as there are magnitudes",
+            advice="Without the magnitudes it would be another change: download the file again, or export it anew.",
+            tensors=[part.module],
+        )
+    return PeftDoRA(adapter.loaded_keys, (up.flatten(1), down.flatten(1), alpha, magnitude.flatten()))
 
 
 def _bias(target: str | tuple) -> str:
@@ -169,16 +178,3 @@ def _read(path: str | os.PathLike) -> dict[str, torch.Tensor]:
         if found == "a safetensors file":
             found, advice = "a safetensors file that is cut off or damaged", "Download it again."
         raise ModelFileError(path, found=found, expected="a LoRA of AuraFlow", advice=advice) from error
-
-
-def _other_model(modules: Iterable[str]) -> str | None:
-    """Whose LoRA this is, by modules that AuraFlow does not have."""
-    for what, pattern in _OTHER_LORAS:
-        if any(re.search(pattern, name) for name in modules):
-            return what
-    return None
-
-
-def _kind(modules: Iterable[str]) -> str:
-    text_encoder = any(re.search(_TEXT_ENCODER, name) for name in modules)
-    return "a text encoder's LoRA" if text_encoder else "a LoRA of an unknown model"

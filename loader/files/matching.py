@@ -17,6 +17,7 @@ from .errors import ModelFileError, listed, shown
 from .recognise import recognise, recognise_architecture
 
 ORIG_SHAPE = "comfy.gguf.orig_shape."
+COMPILED = "_orig_mod."  # what torch.compile puts before the names in a module that is compiled, at any depth
 MAX_DIMENSIONS = 4
 
 
@@ -108,6 +109,17 @@ def match(
     return result
 
 
+def check_kind(
+    architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], *, metadata: Mapping[str, object], path: str
+) -> None:
+    """What `match` finds out first: that a file is the model's, if perhaps a damaged one.
+
+    Raises:
+        ModelFileError: it is something else.
+    """
+    _Reading(architecture, shapes, metadata, path).check_kind()
+
+
 def choose(architectures: Sequence[Architecture], shapes: Mapping[str, tuple[int, ...]]) -> Architecture:
     """The first of the models that a file's tensors may make up; the first of all where they make up none."""
     readings = (_Reading(architecture, shapes, {}, "") for architecture in architectures)
@@ -150,6 +162,7 @@ class _Reading:
     """A file's tensors under the spelling and the prefix by which most of them have a row.
 
     Attributes:
+        plain: the names in the file without torch.compile's addition, by the names in the file.
         found: these tensors, by native name.
         skipped, unknown: the names of all others.
     """
@@ -165,6 +178,7 @@ class _Reading:
         self.shapes = shapes
         self.metadata = metadata
         self.path = path
+        self.plain = {name: name.replace(COMPILED, "") for name in shapes}
         self.spelling, self.prefix = NATIVE, ""
         self.found: dict[str, _Found] = {}
         for prefix in architecture.prefixes:
@@ -178,21 +192,22 @@ class _Reading:
 
     def _find(self, spelling: str, prefix: str) -> dict[str, _Found]:
         found = {}
-        for name in self.shapes:
-            if name.startswith(prefix) and (hit := self.architecture.find(name.removeprefix(prefix), spelling)):
+        for name, plain in self.plain.items():
+            if plain.startswith(prefix) and (hit := self.architecture.find(plain.removeprefix(prefix), spelling)):
                 row, layer = hit
                 native = row.name(NATIVE, layer)
-                if native not in found or name == prefix + row.name(spelling, layer):
+                if native not in found or plain == prefix + row.name(spelling, layer):
                     found[native] = _Found(row, layer, name)
         return found
 
     def _is_left_out(self, name: str) -> bool:
         """Whether a tensor belongs to another part, or is one of the model's for the second time."""
-        inner = name.removeprefix(self.prefix)
-        twice = name.startswith(self.prefix) and self.architecture.find(inner, self.spelling)
+        plain = self.plain[name]
+        inner = plain.removeprefix(self.prefix)
+        twice = plain.startswith(self.prefix) and self.architecture.find(inner, self.spelling)
         return (
             bool(twice)
-            or name.startswith(self.architecture.other_parts)
+            or plain.startswith(self.architecture.other_parts)
             or inner.startswith(self.architecture.other_parts)
         )
 
@@ -206,7 +221,7 @@ class _Reading:
         title = self.architecture.title
         if self.is_of_the_kind():
             return
-        recognised = recognise(self.shapes, self.metadata)
+        recognised = recognise({self.plain[name]: shape for name, shape in self.shapes.items()}, self.metadata)
         if recognised and recognised.what != title:
             raise ModelFileError(self.path, found=recognised.what, expected=title, advice=recognised.advice)
         if not recognised:
@@ -220,7 +235,7 @@ class _Reading:
         Args:
             throughout: it is wrong with half of them, so that another model of the same family will be meant too.
         """
-        shapes = {tensor.name: self.shapes[tensor.name] for tensor in self.found.values()}
+        shapes = {self.plain[tensor.name]: self.shapes[tensor.name] for tensor in self.found.values()}
         recognised = recognise(shapes, {})
         if not throughout and recognised == recognise_architecture(self.architecture.name):
             return

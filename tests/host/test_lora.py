@@ -1,5 +1,6 @@
 """LoRA files in every spelling: loaded by our node's function, and by ComfyUI where it maps the spelling."""
 
+import comfy.lora
 import comfy.sd
 import comfy.utils
 import pytest
@@ -8,6 +9,7 @@ from auraflow_gguf.loader.comfyui.lora import load_lora
 from auraflow_gguf.loader.comfyui.model import load_model
 from auraflow_gguf.loader.files.auraflow import AURAFLOW
 from auraflow_gguf.loader.files.errors import ModelFileError
+from auraflow_gguf.nodes.save import ModelCheckpoint
 from comfy.model_patcher import ModelPatcher
 from safetensors.torch import save_file
 
@@ -125,16 +127,143 @@ def test_a_flux_lora_is_not_applied_to_the_modules_of_the_same_name(packed, tmp_
         load_lora(packed, tmp_path / "flux.safetensors", 1.0)
 
 
-def test_an_adapter_of_any_name_and_what_is_not_applied(packed, shapes, expected, tmp_path):
+def test_an_adapter_of_any_name_compiled_modules_and_what_is_not_applied(packed, shapes, expected, tmp_path):
     path = write(tmp_path / "lora.safetensors", shapes, SPELLINGS["base_model.model.<native>"][0])
     tensors = comfy.utils.load_torch_file(str(path))
     renamed = {name.replace(".weight", ".my_style.weight"): tensor for name, tensor in tensors.items()}
-    magnitude = f"base_model.model.{MODULES[0]}.lora_magnitude_vector"
-    save_file(renamed | {magnitude: torch.ones(3072)}, path)
+    renamed = {name.replace("layers.0.", "layers.0._orig_mod."): tensor for name, tensor in renamed.items()}
+    unknown = f"base_model.model.{MODULES[0]}.lora_C"
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in renamed.items()} | {unknown: torch.ones(3072)}, path)
     model, report = load_lora(packed, path, 1.0)
-    assert str(report) == f"matched 4 of 4 modules; not applied: {magnitude}"
+    assert str(report) == f"matched 4 of 4 modules; not applied: {unknown}"
     with loaded(model, "full"):
         assert relative_error(forward(model), expected) < 1e-5
+
+
+def test_compiled_modules_in_underscores(packed, shapes, tmp_path):
+    path = write(tmp_path / "lora.safetensors", shapes, lambda n: f"lycoris__orig_mod_{_underscored(_diffusers(n))}")
+    assert str(load_lora(packed, path, 1.0)[1]) == "matched 4 of 4 modules"
+
+
+FUSED = {
+    "joint_transformer_blocks.0.attn.to_qkv": [f"double_layers.0.attn.w2{letter}" for letter in "qkv"],
+    "joint_transformer_blocks.0.attn.to_added_qkv": [f"double_layers.0.attn.w1{letter}" for letter in "qkv"],
+    "single_transformer_blocks.0.attn.to_qkv": [f"single_layers.0.attn.w1{letter}" for letter in "qkv"],
+}
+
+
+@pytest.fixture(scope="module")
+def fused_factors() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    generator = torch.Generator().manual_seed(5)
+    return {
+        name: (torch.randn(9216, 4, generator=generator) * 0.1, torch.randn(4, 3072, generator=generator) * 0.1)
+        for name in FUSED
+    }
+
+
+@pytest.fixture(scope="module")
+def fused_expected(fused_factors):
+    """The dense model with the fused LoRA merged by hand."""
+    dense = load_dense(make_gguf("Q4_0"))
+    state = dense.model.diffusion_model.state_dict()
+    for name, keys in FUSED.items():
+        up, down = fused_factors[name]
+        for key, rows in zip(keys, up.split(3072), strict=True):
+            state[f"{key}.weight"] += rows @ down
+    with loaded(dense, "full"):
+        return forward(dense)
+
+
+@pytest.mark.parametrize(
+    "spell",
+    [
+        lambda n: f"transformer.{n}.lora_{{}}.weight",
+        lambda n: f"base_model.model.{n}.lora_{{}}.default.weight",
+        lambda n: f"_orig_mod.{n}.lora_{{}}.weight",
+        lambda n: f"lycoris_{_underscored(n)}.lora_{{}}.weight",
+        lambda n: f"lora_transformer_{_underscored(n)}.lora_{{}}.weight",
+        lambda n: f"lora_unet_{_underscored(n)}.lora_{{}}.weight",
+    ],
+)
+def test_fused_projections_go_to_their_three_weights(packed, fused_factors, fused_expected, tmp_path, spell):
+    tensors = {}
+    for name, (up, down) in fused_factors.items():
+        peft = "." in spell("").split(".lora_")[0]
+        tensors[spell(name).format("B" if peft else "up")] = up
+        tensors[spell(name).format("A" if peft else "down")] = down
+    save_file(tensors, tmp_path / "lora.safetensors")
+    model, report = load_lora(packed, tmp_path / "lora.safetensors", 1.0)
+    assert str(report) == "matched 3 of 3 modules"
+    with loaded(model, "full"):
+        assert relative_error(forward(model), fused_expected) < 1e-5
+
+
+def test_a_weight_that_a_file_changes_twice_has_both_changes(packed, fused_factors, tmp_path):
+    """By its own module and by the fused one; also by a LoKr that is cut into three."""
+    generator = torch.Generator().manual_seed(6)
+    name = "single_transformer_blocks.0.attn.to_qkv"
+    up, down = fused_factors[name]
+    own = torch.randn(3072, 2, generator=generator), torch.randn(2, 3072, generator=generator)
+    w1, w2 = torch.randn(16, 4, generator=generator), torch.randn(576, 768, generator=generator)
+    tensors = {f"transformer.{name}.lora_B.weight": up, f"transformer.{name}.lora_A.weight": down}
+    tensors |= {f"lycoris_{_underscored(name)}.lokr_w1": w1, f"lycoris_{_underscored(name)}.lokr_w2": w2}
+    tensors["transformer.single_transformer_blocks.0.attn.to_k.lora_B.weight"] = own[0]
+    tensors["transformer.single_transformer_blocks.0.attn.to_k.lora_A.weight"] = own[1]
+    save_file(tensors, tmp_path / "lora.safetensors")
+    model, report = load_lora(packed, tmp_path / "lora.safetensors", 0.5)
+    assert str(report) == "matched 3 of 3 modules"
+    key = "diffusion_model.single_layers.0.attn.w1k.weight"
+    change = comfy.lora.calculate_weight(model.patches[key], torch.zeros(3072, 3072), key)
+    rows = slice(3072, 6144)
+    expected = 0.5 * (up[rows] @ down + torch.kron(w1, w2)[rows] + own[0] @ own[1])
+    assert relative_error(change, expected) < 1e-5
+
+
+def test_a_fused_module_that_cannot_be_cut_is_refused(packed, tmp_path):
+    name = "transformer.joint_transformer_blocks.0.attn.to_added_qkv"
+    save_file({f"{name}.oft_blocks": torch.zeros(8, 1152, 1152)}, tmp_path / "oft.safetensors")
+    with pytest.raises(ModelFileError, match=r"^oft.*to_added_qkv, which has oft_blocks, .* without fused projections"):
+        load_lora(packed, tmp_path / "oft.safetensors", 1.0)
+
+
+@pytest.mark.parametrize(
+    ("module", "rows", "name", "own"),
+    [
+        ("single_transformer_blocks.0.attn.to_v", 3072, "single_layers.0.attn.w1v", lambda rows: rows),
+        ("single_transformer_blocks.0.attn.to_qkv", 9216, "single_layers.0.attn.w1v", lambda rows: rows[-3072:]),
+        ("norm_out.linear", 6144, "modF.1", lambda rows: rows.roll(3072, 0)),
+    ],
+)
+def test_a_dora_of_peft_is_applied_by_its_own_formula(packed, tmp_path, module, rows, name, own):
+    path, generator = tmp_path / "dora.safetensors", torch.Generator().manual_seed(7)
+    up, down = torch.randn(rows, 4, generator=generator) * 0.01, torch.randn(4, 3072, generator=generator)
+    magnitude = torch.rand(rows, 1, generator=generator) + 0.5
+    tensors = {"lora_A.weight": down, "lora_B.weight": up, "lora_magnitude_vector.default.weight": magnitude.flatten()}
+    save_file({f"base_model.model.{module}.{key}": tensor for key, tensor in tensors.items()}, path)
+    model, report = load_lora(packed, path, 0.75)
+    assert str(report) == "matched 1 of 1 modules"
+    key = f"diffusion_model.{name}.weight"
+    weight = ModelCheckpoint(packed).read(key).float()
+    changed = weight + own(up) @ down
+    expected = weight + 0.75 * (own(magnitude) * changed / changed.norm(dim=1, keepdim=True) - weight)
+    assert relative_error(ModelCheckpoint(model).read(key), expected) < 1e-5
+    if len(model.patches) > 1:  # the twin has but one
+        return
+    twin = packed.clone()
+    twin.add_patches({key: ("set", (expected,))})
+    outputs = []
+    for patched in (model, twin):
+        with loaded(patched, "lowvram"):
+            outputs.append(forward(patched))
+    assert relative_error(*outputs) < 1e-5
+
+
+def test_a_dora_of_peft_on_what_is_no_lora_is_refused(packed, tmp_path):
+    module = "base_model.model.single_transformer_blocks.0.attn.to_v"
+    tensors = {f"{module}.diff": torch.ones(8, 8), f"{module}.lora_magnitude_vector": torch.ones(8)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(ModelFileError, match="with PEFT's magnitudes of DoRA"):
+        load_lora(packed, tmp_path / "x.safetensors", 1.0)
 
 
 def test_a_change_of_a_bias_alone_is_matched(packed, tmp_path):

@@ -52,6 +52,21 @@ def test_files_of_all_folders_are_listed_and_those_of_other_packs_kept(pack_node
     assert str(models.parent / "of another pack") in folder_paths.get_folder_paths("unet_gguf")
 
 
+def test_a_folder_that_is_added_after_the_pack_was_loaded_is_searched(pack_nodes, models, tmp_path):
+    node = pack_nodes["AuraFlowGGUFLoader"]
+    later = tmp_path / "later"
+    later.mkdir()
+    os.link(models / "pony" / "v7.gguf", later / "later.gguf")
+    with pytest.raises(FileNotFoundError, match=r"later\.gguf"):
+        node.execute("later.gguf")
+    folder_paths.add_model_folder_path("diffusion_models", str(later))
+    assert str(later / "later.gguf") in node.fingerprint_inputs("later.gguf")
+    assert "later.gguf" in node.define_schema().inputs[0].options
+    assert "later.gguf" in pack_nodes["AuraFlowGGUFInspect"].define_schema().inputs[0].options
+    folder_paths.folder_names_and_paths["diffusion_models"][0].remove(str(later))
+    assert node.execute("later.gguf").args[0].model
+
+
 def test_text_encoders_are_listed_from_both_folders_and_loaded_anew_when_replaced(pack_nodes, tmp_path, monkeypatch):
     known = folder_paths.folder_names_and_paths
     folders = [tmp_path / name for name in ("text_encoders", "clip")]

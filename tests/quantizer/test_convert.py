@@ -74,7 +74,12 @@ def test_every_type_has_ggmls_bytes(source, type_name, monkeypatch):
 def test_both_spellings_and_all_prefixes_give_the_same_tensors(source, tmp_path):
     expected = contents(converted(source))
     diffusers = diffusers_weights(WEIGHTS)
-    for prefix, weights in (("model.diffusion_model.", WEIGHTS), ("", diffusers), ("transformer.", diffusers)):
+    for prefix, weights in (
+        ("model.diffusion_model.", WEIGHTS),
+        ("", diffusers),
+        ("transformer.", diffusers),
+        ("transformer._orig_mod.", diffusers),
+    ):
         save_file({prefix + name: tensor for name, tensor in weights.items()}, source)
         file = converted(source, overwrite=True)
         loads(file)

@@ -149,6 +149,15 @@ def test_the_metadata_are_llama_cpps(source, tokenizer):
     assert carried["tokenizer.ggml.add_eos_token"] is True
 
 
+def test_a_tokenizer_for_a_transformer_has_no_effect_and_that_is_said(tmp_path, tokenizer, caplog):
+    save_file(native_weights(), tmp_path / "aura.safetensors")
+    message = "The tokenizer tokenizer.model has no effect: only a text encoder's file has one."
+    for given, said in ((tokenizer, [message]), (None, [])):
+        caplog.clear()
+        convert(tmp_path / "aura.safetensors", tmp_path / "a.gguf", "Q8_0", tokenizer=given, overwrite=True, fixed={})
+        assert [record.message for record in caplog.records if record.levelname == "WARNING"] == said
+
+
 def test_a_tokenizer_beside_the_source_is_found_and_a_wrong_one_refused(source, tokenizer):
     assert "tokenizer.ggml.tokens" not in converted(source).metadata
     folder = source.parent / "tokenizer"

@@ -59,6 +59,19 @@ def test_dimensions_come_from_the_shapes():
     assert result.weights == {name: Source(name, shape, False) for name, shape in toy(blocks=3, tails=1).items()}
 
 
+def test_the_names_of_compiled_modules():
+    """torch.compile's addition at the front, after a prefix, and in the middle; it is no part of the model's names."""
+    names = {}
+    for number, name in enumerate(toy()):
+        names[name] = ("_orig_mod.model." + name, "model._orig_mod." + name, "model." + name)[number % 3]
+    names["trunk.blocks.1.up.weight"] = "model.trunk.blocks.1._orig_mod.up._orig_mod.weight"
+    result = read({names[name]: shape for name, shape in toy().items()})
+    assert (result.prefix, result.skipped) == ("model.", ())
+    assert {name: source.name for name, source in result.weights.items()} == names
+    error = refused({f"_orig_mod.{name}": shape for name, shape in toy().items()} | {"_orig_mod.extra": (1,)})
+    assert error.tensors == ("_orig_mod.extra",)
+
+
 @pytest.mark.parametrize("prefix", PREFIXES)
 def test_every_prefix_in_both_spellings(prefix):
     native = toy(tails=2)
