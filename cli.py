@@ -118,9 +118,15 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     """Options for running the transformer."""
     parser.add_argument("--device", default="cpu", help="what it runs on: cpu, cuda, mps")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--size", type=int, default=32, help="of the latent: an eighth of the picture's pixels")
-    parser.add_argument("--tokens", type=int, default=64, help="length of the text")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument(
+        "--heads", type=int, help="attention heads, where no file says it and the width is not AuraFlow's own"
+    )
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="inputs collected while sampling; without it noise in place of them"
+    )
+    parser.add_argument("--size", type=int, default=32, help="of the noise: an eighth of the picture's pixels")
+    parser.add_argument("--tokens", type=int, default=64, help="length of the noise in place of a text")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
 
 
 def _convert(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -177,7 +183,12 @@ def _verify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from .quantizer.quality.comparison import compare
 
-    inputs = _inputs(options, parser) if options.forward else None
+    inputs = None
+    if options.forward:
+        inputs = _inputs(options, parser)
+        if options.calibration:
+            inputs = dataclasses.replace(inputs, source=inputs.source.held_back())
+        _say_inputs(inputs.source)
     with _ProgressLine() as progress:
         everything, differences = compare(options.a, options.b, progress=progress)
     report = {"all": dataclasses.asdict(everything), "tensors": [dataclasses.asdict(entry) for entry in differences]}
@@ -209,8 +220,11 @@ def _sensitivity(options: argparse.Namespace, parser: argparse.ArgumentParser) -
     for name in types:
         if name not in measurable:
             parser.error(f"{name} cannot be measured. These can: {', '.join(measurable)}.")
+    inputs = _inputs(options, parser)
+    inputs = dataclasses.replace(inputs, source=inputs.source.choosing())
+    _say_inputs(inputs.source)
     with _ProgressLine() as progress:
-        rows = sensitivity(options.model, types, _inputs(options, parser), progress=progress)
+        rows = sensitivity(options.model, types, inputs, progress=progress)
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
         return OK
@@ -240,23 +254,31 @@ def _migrate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 def _inputs(options: argparse.Namespace, parser: argparse.ArgumentParser):
     import torch
 
+    from .quantizer.quality.calibration import read_calibration
     from .quantizer.quality.evaluation import Inputs
+    from .quantizer.quality.inputs import Noise
 
     if options.size < 2 or options.size % 2:
         parser.error(f"--size {options.size}: a latent's size is even and at least 2.")
     if options.tokens < 1:
         parser.error(f"--tokens {options.tokens}: at least 1.")
+    if options.heads is not None and options.heads < 1:
+        parser.error(f"--heads {options.heads}: at least 1.")
     try:
         torch.empty(0, device=options.device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         parser.error(f"--device {options.device} cannot be used here: {str(error).splitlines()[0]}")
-    return Inputs(
-        size=options.size,
-        tokens=options.tokens,
-        seed=options.seed,
-        device=options.device,
-        dtype=getattr(torch, options.dtype),
+    source = (
+        read_calibration(options.calibration)
+        if options.calibration
+        else Noise(size=options.size, tokens=options.tokens, seed=options.seed)
     )
+    return Inputs(source, options.device, getattr(torch, options.dtype), options.heads)
+
+
+def _say_inputs(source) -> None:
+    """Say what the figures that follow are of, beside them and not among them."""
+    print(f"The transformer runs on {source.about}.", file=sys.stderr)
 
 
 def _compile(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
