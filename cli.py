@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import re
 import sys
 import time
 from pathlib import Path
@@ -101,6 +102,33 @@ def _parser() -> argparse.ArgumentParser:
     _add_inputs(sensitivity)
     sensitivity.set_defaults(command=_sensitivity)
 
+    fit = commands.add_parser(
+        "fit", help="make the best GGUF file for a size, by measuring what each type does to each group of weights"
+    )
+    fit.add_argument("source", metavar="SOURCE", help="anything that convert takes, at best unquantized")
+    fit.add_argument("target", metavar="TARGET", help="the .gguf file to make; what is measured is kept beside it")
+    size = fit.add_mutually_exclusive_group(required=True)
+    size.add_argument("--size", dest="file_size", metavar="SIZE", help="of the file, at most: 4.0GB, 3900MB, 3.7GiB")
+    size.add_argument("--bits", type=float, help="a weight, all in all: 4.8")
+    fit.add_argument("--imatrix", metavar="FILE", help="an importance matrix, to measure and to write with")
+    fit.add_argument(
+        "--quick", action="store_true", help="measure two types in place of four, on four evaluations at most"
+    )
+    fit.add_argument("--type", action="append", default=[], metavar="TYPE", help="may be chosen; without it all may be")
+    fit.add_argument("--measure", action="append", default=[], metavar="TYPE", help="measure these types; repeatable")
+    for name, which in (("--at-least", "fewer"), ("--at-most", "more")):
+        fit.add_argument(
+            name,
+            action="append",
+            default=[],
+            metavar="PATTERN=TYPE",
+            help=f"a group with weights that fit gets no {which} bits than that type has; repeatable",
+        )
+    fit.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
+    fit.add_argument("--json", action="store_true", help="for programs")
+    _add_inputs(fit, "--noise-size")
+    fit.set_defaults(command=_fit)
+
     compile_ = commands.add_parser(
         "compile", help="compile what makes converting, and pictures on a CPU, faster; needs a C compiler"
     )
@@ -114,8 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    """Options for running the transformer."""
+def _add_inputs(parser: argparse.ArgumentParser, size: str = "--size") -> None:
+    """Options for running the transformer; ``size`` is the one for the noise's."""
     parser.add_argument("--device", default="cpu", help="what it runs on: cpu, cuda, mps")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument(
@@ -124,7 +152,7 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", metavar="FILE", help="inputs collected while sampling; without it noise in place of them"
     )
-    parser.add_argument("--size", type=int, default=32, help="of the noise: an eighth of the picture's pixels")
+    parser.add_argument(size, dest="size", type=int, default=32, help="of the noise: an eighth of the picture's pixels")
     parser.add_argument("--tokens", type=int, default=64, help="length of the noise in place of a text")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
 
@@ -237,6 +265,61 @@ def _sensitivity(options: argparse.Namespace, parser: argparse.ArgumentParser) -
     return OK
 
 
+def _fit(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .loader.files.errors import ModelFileError
+    from .quantizer.quality.fit import Wanted, fit
+
+    inputs = _inputs(options, parser)
+    types = {name: tuple(map(str.upper, getattr(options, name))) for name in ("type", "measure")}
+    wanted = Wanted(
+        _bytes(options.file_size, parser),
+        options.bits,
+        types["type"],
+        tuple(options.at_least),
+        tuple(options.at_most),
+    )
+    with _ProgressLine() as progress:
+        try:
+            made = fit(
+                options.source,
+                options.target,
+                wanted,
+                inputs,
+                imatrix=options.imatrix,
+                measured=types["measure"],
+                quick=options.quick,
+                overwrite=options.overwrite,
+                say=lambda line: print(line, file=sys.stderr, flush=True),
+                progress=progress,
+            )
+        except ModelFileError:
+            raise
+        except ValueError as error:
+            parser.error(str(error))
+    if options.json:
+        print(json.dumps(dataclasses.asdict(made), indent=2))
+        return OK
+    print("| file | GB | bits per weight | predicted error | measured error |")
+    print("|---|---|---|---|---|")
+    for row in (*made.recipes, made):
+        name = getattr(row, "name", Path(options.target).name)
+        predicted = "" if row.predicted is None else f"{row.predicted:.5f}"
+        bits = 8 * row.size / made.weights
+        print(f"| {name} | {row.size / 1e9:.3f} | {bits:.2f} | {predicted} | {row.measured:.5f} |")
+    return OK
+
+
+def _bytes(text: str | None, parser: argparse.ArgumentParser) -> int | None:
+    """A size such as 4.0GB or 3.7 GiB in bytes."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip(), re.IGNORECASE)
+    if not found:
+        parser.error(f"--size {text}: expected a number and a unit, such as 4.0GB, 3900MB or 3.7GiB.")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1))
+
+
 def _migrate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from .migration import REPLACEMENTS, migrate_file
 
@@ -259,7 +342,7 @@ def _inputs(options: argparse.Namespace, parser: argparse.ArgumentParser):
     from .quantizer.quality.inputs import Noise
 
     if options.size < 2 or options.size % 2:
-        parser.error(f"--size {options.size}: a latent's size is even and at least 2.")
+        parser.error(f"{options.size}: a latent's size is even and at least 2.")
     if options.tokens < 1:
         parser.error(f"--tokens {options.tokens}: at least 1.")
     if options.heads is not None and options.heads < 1:

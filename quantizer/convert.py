@@ -6,7 +6,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from .imatrix import ImportanceMatrix, check_imatrix, read_imatrix
 from .quantize import quantize
 from .recipe import NEEDS_IMATRIX, Recipe, recipe_for
 from .tokenizer import carried_tokenizer, find_tokenizer, read_tokenizer
-from .writer import TensorSpec, write_gguf
+from .writer import TensorSpec, file_size, write_gguf
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +111,10 @@ def convert_checkpoint(
     tokenizer: str | os.PathLike | None = None,
     progress: Progress | None = None,
     fixed: Mapping[str, int] | None = None,
+    extra: Mapping[str, object] | None = None,
 ) -> None:
-    """`convert`, of an opened checkpoint; ``name`` is the model's where its metadata have none."""
+    """`convert`, of an opened checkpoint; ``name`` is the model's where its metadata have none, ``extra`` are further
+    metadata to write."""
     if os.path.exists(target) and any(os.path.samefile(file, target) for file in checkpoint.files):
         raise ModelFileError(
             target,
@@ -120,10 +122,73 @@ def convert_checkpoint(
             expected="another file",
             advice="Choose another name for the result.",
         )
+    plan = _plan(checkpoint, recipe, name, imatrix, part, tokenizer, fixed, extra)
+    if plan.skipped:
+        logger.info("left out: %d tensors of other parts, such as %s", len(plan.skipped), plan.skipped[0])
+    _warn_of_generation_loss(checkpoint, plan.sources)
+    if plan.uncovered:
+        logger.warning(
+            "%s has no moments for %s: quantized without.", os.path.basename(imatrix), listed(plan.uncovered)
+        )
+
+    total, done = sum(tensor.size for tensor in plan.sources), 0
+
+    def packed(tensor: TensorSpec) -> Iterator[memoryview]:
+        nonlocal done
+        for rows, piece in _pack(checkpoint, plan.sources[tensor], tensor, plan.matrix.moments(tensor.name)):
+            yield piece
+            done += rows * tensor.shape[-1]
+            if progress:
+                progress(done, total)
+
+    write_gguf(target, plan.metadata, list(plan.sources), packed, overwrite=overwrite)
+
+
+def planned_size(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    name: str,
+    imatrix: str | os.PathLike | None = None,
+    fixed: Mapping[str, int] | None = None,
+    extra: Mapping[str, object] | None = None,
+) -> int:
+    """Bytes of the file that `convert_checkpoint` would make; errors are its."""
+    plan = _plan(checkpoint, recipe, name, imatrix, None, None, fixed, extra)
+    return file_size(plan.metadata, list(plan.sources))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a conversion writes, before a weight is read.
+
+    Attributes:
+        metadata: the file's.
+        sources: where the weights of each tensor come from, in the file's order.
+        matrix: the importance matrix, empty if there is none.
+        uncovered: tensors that are quantized and that it has no moments for.
+        skipped: see `Match`.
+    """
+
+    metadata: dict[str, object]
+    sources: dict[TensorSpec, Source]
+    matrix: ImportanceMatrix
+    uncovered: list[str]
+    skipped: tuple[str, ...]
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    name: str,
+    imatrix: str | os.PathLike | None,
+    part: str | None,
+    tokenizer: str | os.PathLike | None,
+    fixed: Mapping[str, int] | None,
+    extra: Mapping[str, object] | None,
+) -> _Plan:
     architecture = part_of(checkpoint.shapes, part)
     found = match(architecture, checkpoint.shapes, metadata=checkpoint.metadata, path=checkpoint.path, fixed=fixed)
-    if found.skipped:
-        logger.info("left out: %d tensors of other parts, such as %s", len(found.skipped), found.skipped[0])
     unused = recipe.unused_rules(found.weights)
     if unused:
         raise ModelFileError(
@@ -140,30 +205,19 @@ def convert_checkpoint(
         ): source
         for native, source in sorted(found.weights.items(), key=lambda item: _natural_order(item[0]))
     }
-    tensors = list(sources)
-    _warn_of_generation_loss(checkpoint, sources)
-    matrix = _fitting_imatrix(imatrix, tensors) if imatrix is not None else ImportanceMatrix()
-
-    total, done = sum(tensor.size for tensor in tensors), 0
-
-    def packed(tensor: TensorSpec) -> Iterator[memoryview]:
-        nonlocal done
-        for rows, piece in _pack(checkpoint, sources[tensor], tensor, matrix.moments(tensor.name)):
-            yield piece
-            done += rows * tensor.shape[-1]
-            if progress:
-                progress(done, total)
-
     metadata = _metadata(checkpoint, found, recipe, name)
+    matrix, uncovered = ImportanceMatrix(), []
     if imatrix is not None:
+        matrix, uncovered = _fitting_imatrix(imatrix, sources)
         metadata |= _imatrix_metadata(imatrix, matrix)
     if architecture.name == PILE_T5_XL.name:
         size = found.dimensions["vocabulary_size"]
         metadata |= read_tokenizer(tokenizer, size) if tokenizer else carried_tokenizer(checkpoint.metadata)
-    write_gguf(target, metadata, tensors, packed, overwrite=overwrite)
+    return _Plan(metadata | dict(extra or {}), sources, matrix, uncovered, found.skipped)
 
 
-def _fitting_imatrix(path: str | os.PathLike, tensors: Iterable[TensorSpec]) -> ImportanceMatrix:
+def _fitting_imatrix(path: str | os.PathLike, tensors: Iterable[TensorSpec]) -> tuple[ImportanceMatrix, list[str]]:
+    """The importance matrix, and the quantized tensors that it does not cover."""
     matrix = read_imatrix(path)
     quantized = [tensor for tensor in tensors if tensor.type.block_size > 1]
     missing = check_imatrix(
@@ -172,9 +226,7 @@ def _fitting_imatrix(path: str | os.PathLike, tensors: Iterable[TensorSpec]) -> 
         columns={tensor.name: tensor.shape[-1] for tensor in quantized},
         required={tensor.name: tensor.type.name for tensor in quantized if tensor.type.name in NEEDS_IMATRIX},
     )
-    if missing:
-        logger.warning("%s has no moments for %s: quantized without.", os.path.basename(path), listed(missing))
-    return matrix
+    return matrix, missing
 
 
 def _pack(

@@ -77,7 +77,7 @@ class Recipe:
         rules = (*self.overrides, *self.rules)
         chosen = next((QUANT_TYPES[type_name] for pattern, type_name in rules if fnmatchcase(module, pattern)), None)
         if chosen is None or shape[-1] % chosen.block_size or (chosen.name == "BF16" and not name.endswith(".weight")):
-            return _kept(name, dtype)
+            return kept_type(name, dtype)
         return chosen
 
     def unused_rules(self, names: Iterable[str]) -> list[str]:
@@ -86,7 +86,8 @@ class Recipe:
         return [pattern for pattern, _ in self.overrides if not any(fnmatchcase(module, pattern) for module in modules)]
 
 
-def _kept(name: str, dtype: torch.dtype) -> QuantType:
+def kept_type(name: str, dtype: torch.dtype) -> QuantType:
+    """The type of a tensor that is not quantized, given its native name and its dtype in the source."""
     if dtype == torch.float16:
         return QUANT_TYPES["F16"]
     return QUANT_TYPES["BF16" if name.endswith(".weight") else "F32"]
@@ -107,7 +108,7 @@ def recipe_for(type_name: str, overrides: Iterable[str] = (), *, imatrix: bool =
     recipe = RECIPES.get(type_name.upper())
     if recipe is None:
         raise ValueError(f"{type_name} is not a type that can be written. These are: {', '.join(RECIPES)}.")
-    recipe = replace(recipe, overrides=tuple(map(_parse_override, overrides)))
+    recipe = replace(recipe, overrides=tuple(map(parse_rule, overrides)))
     for _, chosen in (*recipe.overrides, *recipe.rules):
         if chosen in NEEDS_IMATRIX and not imatrix:
             raise ValueError(
@@ -117,7 +118,12 @@ def recipe_for(type_name: str, overrides: Iterable[str] = (), *, imatrix: bool =
     return recipe
 
 
-def _parse_override(text: str) -> tuple[str, str]:
+def parse_rule(text: str) -> tuple[str, str]:
+    """The pattern, without ``.weight``, and the type of a rule ``PATTERN=TYPE``.
+
+    Raises:
+        ValueError: in a sentence for the user: it is not of that form, or no tensor's type.
+    """
     pattern, _, type_name = text.rpartition("=")
     type_name = type_name.strip().upper()
     if not pattern.strip():

@@ -27,6 +27,7 @@ from ..loader.files.errors import ModelFileError
 from ..loader.quant_types.base import QuantType
 
 ALIGNMENT = 32
+METADATA_BYTES = 1 << 24  # at the beginning of a file, in which a key is looked for
 
 # GGUF's metadata value types (enum gguf_metadata_value_type)
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64 = 4, 5, 6, 7, 8, 9, 10
@@ -102,7 +103,7 @@ def whole_file(target: str | os.PathLike, size: int, *, overwrite: bool = False)
         ModelFileError: as `write_gguf`, which says what is left when it fails.
     """
     target = os.path.abspath(target)
-    _check_target(target, size, overwrite)
+    check_target(target, size, overwrite)
     temporary = f"{target}.{secrets.token_hex(4)}.partial"
     try:
         with open(temporary, "xb") as file:
@@ -122,6 +123,23 @@ def whole_file(target: str | os.PathLike, size: int, *, overwrite: bool = False)
                 advice="The unfinished file was removed. Free some space, or write to another disk.",
             ) from error
         raise
+
+
+def set_float(path: str | os.PathLike, key: str, value: float) -> None:
+    """Change a float among the metadata of a file that `write_gguf` made.
+
+    Raises:
+        ValueError: it has none under that key.
+    """
+    sought = _string(key) + struct.pack("<I", _FLOAT32)
+    with open(path, "r+b") as file:
+        place = file.read(METADATA_BYTES).find(sought)
+        if place < 0:
+            raise ValueError(f"no float under {key}")
+        file.seek(place + len(sought))
+        file.write(struct.pack("<f", value))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 _NO_ROOM = {
@@ -153,7 +171,8 @@ def _replace(temporary: str, target: str) -> None:
         ) from error
 
 
-def _check_target(target: str, size: int, overwrite: bool) -> None:
+def check_target(target: str, size: int, overwrite: bool) -> None:
+    """Refuse an absolute path that a file of ``size`` bytes cannot be written to, as `write_gguf` does."""
     folder = os.path.dirname(target)
     if not os.path.isdir(folder):
         raise ModelFileError(

@@ -7,7 +7,7 @@ So the whole transformer runs, at several timesteps, and the error is that of it
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,7 +22,7 @@ from ...loader.files.matching import Match, match
 from ..checkpoints import Checkpoint, open_checkpoint
 from ..convert import convert
 from .heads import head_count
-from .inputs import Noise, Source, check_size
+from .inputs import Evaluation, Noise, Source, check_size
 
 FLOAT_TYPES = {torch.float32: "F32", torch.float16: "F16"}
 
@@ -43,17 +43,18 @@ class Inputs:
     heads: int | None = None
 
     @torch.inference_mode()
+    def output(self, model: AuraFlowTransformer2DModel, evaluation: Evaluation) -> torch.Tensor:
+        """The output ``(1, 4, height, width)`` of one evaluation."""
+        return model(
+            evaluation.latent.to(self.device, self.dtype),
+            evaluation.text.to(self.device, self.dtype),
+            torch.tensor([evaluation.timestep], device=self.device),
+            return_dict=False,
+        )[0]
+
     def outputs(self, model: AuraFlowTransformer2DModel) -> list[torch.Tensor]:
         """The output ``(1, 4, height, width)`` of each evaluation."""
-        return [
-            model(
-                evaluation.latent.to(self.device, self.dtype),
-                evaluation.text.to(self.device, self.dtype),
-                torch.tensor([evaluation.timestep], device=self.device),
-                return_dict=False,
-            )[0]
-            for evaluation in self.source.evaluations(model.config.joint_attention_dim)
-        ]
+        return [self.output(model, each) for each in self.source.evaluations(model.config.joint_attention_dim)]
 
     def timesteps(self, model: AuraFlowTransformer2DModel) -> list[float]:
         """The timestep of each evaluation."""
@@ -74,16 +75,24 @@ def transformer(path: str | os.PathLike, inputs: Inputs) -> Iterator[AuraFlowTra
     dimensions = _match(checkpoint).dimensions
     check_size(inputs.source, checkpoint.path, dimensions["positional_encoding_length"])
     heads = head_count([checkpoint], dimensions["embedding_length"], inputs.heads)
-    with TemporaryDirectory() as folder:
-        if Path(path).suffix.lower() != ".gguf":
-            copy = Path(folder, "model.gguf")
-            convert(path, copy, _float_type(checkpoint), fixed={})
-            path = copy
-        model = load_diffusers_transformer(path, inputs.dtype, heads=heads)
+    with as_gguf(path) as mapped:
+        model = load_diffusers_transformer(mapped, inputs.dtype, heads=heads)
         for module in model.modules():
             for name, weight in module.named_parameters(recurse=False):
                 module.register_parameter(name, torch.nn.Parameter(weight.to(inputs.device), requires_grad=False))
         yield model
+
+
+@contextmanager
+def as_gguf(path: str | os.PathLike) -> Iterator[Path]:
+    """A checkpoint as a GGUF file, which can be mapped: itself, or a copy as long as the context lasts."""
+    if Path(path).suffix.lower() == ".gguf":
+        yield Path(path)
+        return
+    with TemporaryDirectory() as folder:
+        copy = Path(folder, "model.gguf")
+        convert(path, copy, _float_type(open_checkpoint(path)), fixed={})
+        yield copy
 
 
 def _match(checkpoint: Checkpoint) -> Match:
@@ -99,6 +108,11 @@ def _float_type(checkpoint: Checkpoint) -> str:
 def relative_error(output: torch.Tensor, reference: torch.Tensor) -> float:
     """``‖output − reference‖ / ‖reference‖``."""
     return ((output.double() - reference.double()).norm() / reference.double().norm()).item()
+
+
+def mean_square(outputs: Iterable[torch.Tensor], references: Iterable[torch.Tensor]) -> float:
+    """The mean of the squares of the relative errors of several outputs."""
+    return mean(relative_error(*pair) ** 2 for pair in zip(outputs, references, strict=True))
 
 
 def output_errors(a: str | os.PathLike, b: str | os.PathLike, inputs: Inputs) -> dict[float, float]:

@@ -96,6 +96,38 @@ class Noise(Source):
         return hashlib.sha256(repr(self).encode()).hexdigest()
 
 
+@dataclass(frozen=True)
+class Fewer(Source):
+    """At most ``count`` of another source's evaluations, evenly over pictures, timesteps and sides."""
+
+    source: Source
+    count: int
+
+    @property
+    def about(self) -> str:
+        return f"at most {self.count} of {self.source.about}"
+
+    def evaluations(self, text_width: int) -> list[Evaluation]:
+        every = self.source.evaluations(text_width)
+        if len(every) <= self.count:
+            return every
+        step = len(every) / self.count
+        places = [int(place * step + place * step / self.count) + place % 2 for place in range(self.count)]
+        return [every[place] for place in dict.fromkeys(min(place, len(every) - 1) for place in places)]
+
+    def choosing(self) -> Source:
+        return replace(self, source=self.source.choosing())
+
+    def held_back(self) -> Source:
+        return replace(self, source=self.source.held_back())
+
+    def largest(self) -> int:
+        return self.source.largest()
+
+    def fingerprint(self) -> str:
+        return hashlib.sha256(f"{self.count} {self.source.fingerprint()}".encode()).hexdigest()
+
+
 def check_size(source: Source, path: str, positions: int) -> None:
     """Check that a model has a position for each patch of the latents.
 
