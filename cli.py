@@ -54,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="make a GGUF file from a checkpoint")
     convert.add_argument("source", help="safetensors file or index, diffusers folder, .ckpt, .pt or .gguf")
     convert.add_argument("target", help="the .gguf file to make")
-    convert.add_argument("--type", required=True, help="Q8_0, Q4_K_M, IQ4_XS, BF16, …; an unknown one lists them all")
+    types = convert.add_mutually_exclusive_group(required=True)
+    types.add_argument("--type", help="Q8_0, Q4_K_M, IQ4_XS, BF16, …; an unknown one lists them all")
+    types.add_argument("--like", metavar="FILE", help="the types of this GGUF file, of the same model or a fine-tune")
     convert.add_argument(
         "--tensor-type",
         action="append",
@@ -161,7 +163,7 @@ def _convert(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
     from .quantizer.recipe import recipe_for
 
     try:
-        recipe_for(options.type, options.tensor_type, imatrix=options.imatrix is not None)
+        recipe_for(options.type or "F32", options.tensor_type, imatrix=options.imatrix is not None)
     except ValueError as error:
         parser.error(str(error))
     from .quantizer.convert import convert
@@ -171,6 +173,7 @@ def _convert(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
             options.source,
             options.target,
             options.type,
+            like=options.like,
             overwrite=options.overwrite,
             tensor_types=options.tensor_type,
             imatrix=options.imatrix,

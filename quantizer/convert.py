@@ -13,13 +13,15 @@ import numpy as np
 import torch
 
 from ..loader.files.errors import ModelFileError, listed
+from ..loader.files.gguf_file import open_gguf
 from ..loader.files.matching import Match, Source, annotations, match
 from ..loader.files.parts import PARTS, part_of
 from ..loader.files.pile_t5 import PILE_T5_XL
+from ..loader.quant_types import QUANT_TYPES
 from .checkpoints import Checkpoint, open_checkpoint, swap_halves
 from .imatrix import ImportanceMatrix, check_imatrix, read_imatrix
 from .quantize import quantize
-from .recipe import NEEDS_IMATRIX, Recipe, recipe_for
+from .recipe import NEEDS_IMATRIX, RECIPES, Recipe, recipe_for
 from .tokenizer import carried_tokenizer, find_tokenizer, read_tokenizer
 from .writer import TensorSpec, file_size, write_gguf
 
@@ -46,8 +48,9 @@ DESCRIPTION = {
 def convert(
     source: str | os.PathLike,
     target: str | os.PathLike,
-    type_name: str,
+    type_name: str | None = None,
     *,
+    like: str | os.PathLike | None = None,
     overwrite: bool = False,
     tensor_types: Iterable[str] = (),
     imatrix: str | os.PathLike | None = None,
@@ -63,6 +66,7 @@ def convert(
         source: what `open_checkpoint` takes, in either spelling, with any prefix.
         target: the file to be made.
         type_name: a name among `RECIPES`.
+        like: in place of ``type_name`` a GGUF file of the same model, whose tensors' types are taken over.
         overwrite: replace a ``target`` that exists.
         tensor_types: rules ``PATTERN=TYPE`` that go before the recipe's.
         imatrix: an importance matrix, as `read_imatrix` takes it.
@@ -77,7 +81,13 @@ def convert(
         ModelFileError: ``source``, ``target``, ``imatrix`` or ``tokenizer`` cannot be used; ``target`` is then as it
             was.
     """
-    recipe = recipe_for(type_name, tensor_types, imatrix=imatrix is not None)
+    if (type_name is None) == (like is None):
+        raise ValueError("Give either a type or a file to be like.")
+    if like is None:
+        recipe, extra = recipe_for(type_name, tensor_types, imatrix=imatrix is not None), {}
+    else:
+        recipe = _recipe_like(like, tensor_types, imatrix=imatrix is not None)
+        extra = {"quantize.like": os.path.basename(like)}
     if not os.fspath(target).lower().endswith(".gguf"):
         raise ModelFileError(
             target,
@@ -85,8 +95,11 @@ def convert(
             expected="the name of the .gguf file to make",
             advice="Give the file's name and not a folder's: ComfyUI lists GGUF files by that ending.",
         )
+    checkpoint = open_checkpoint(source, part)
+    if like is not None:
+        _check_alike(checkpoint, like, recipe, part)
     convert_checkpoint(
-        open_checkpoint(source, part),
+        checkpoint,
         target,
         recipe,
         name=model_name(source),
@@ -96,7 +109,49 @@ def convert(
         tokenizer=tokenizer or find_tokenizer(source),
         progress=progress,
         fixed=fixed,
+        extra=extra,
     )
+
+
+def _recipe_like(path: str | os.PathLike, overrides: Iterable[str], *, imatrix: bool) -> Recipe:
+    """The types of a GGUF file's tensors as a recipe, after the user's own rules."""
+    file = open_gguf(path)
+    found = match(part_of(file.shapes), file.shapes, metadata=file.metadata, path=file.path, fixed={})
+    types = {native: file.tensors[source.name].type.name for native, source in found.weights.items()}
+    unwritten = sorted({name for name in types.values() if name not in RECIPES})
+    if unwritten:
+        raise ModelFileError(
+            path,
+            found=f"tensors of {listed(unwritten)}",
+            expected=f"types that can be written: {', '.join(name for name in RECIPES if name in QUANT_TYPES)}",
+            advice="Choose a --type.",
+        )
+    own = recipe_for("F32", overrides, imatrix=imatrix).overrides
+    needing = sorted({name for name in types.values() if name in NEEDS_IMATRIX})
+    if needing and not imatrix:
+        raise ModelFileError(
+            path,
+            found=f"tensors of {listed(needing)}",
+            expected="types that can be made without an importance matrix",
+            advice="Give one (--imatrix), or be like another file.",
+        )
+    rules = tuple((name.removesuffix(".weight"), types[name]) for name in types if name.endswith(".weight"))
+    return Recipe("like", int(file.metadata.get("general.file_type", 0)), rules, own)
+
+
+def _check_alike(checkpoint: Checkpoint, like: str | os.PathLike, recipe: Recipe, part: str | None) -> None:
+    """Refuse a file to be like that has other tensors than the checkpoint."""
+    architecture = part_of(checkpoint.shapes, part)
+    found = match(architecture, checkpoint.shapes, metadata=checkpoint.metadata, path=checkpoint.path, fixed={})
+    ours = {name.removesuffix(".weight") for name in found.weights if name.endswith(".weight")}
+    theirs = {pattern for pattern, _ in recipe.rules}
+    if ours != theirs:
+        raise ModelFileError(
+            like,
+            found=f"other tensors: {listed(sorted(ours ^ theirs))}",
+            expected=f"those of {os.path.basename(checkpoint.path)}",
+            advice="Give a file of the same model, or of a fine-tune of it.",
+        )
 
 
 def convert_checkpoint(

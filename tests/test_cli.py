@@ -141,6 +141,37 @@ def test_sensitivity(source, capsys):
     assert [line.split("|")[1].strip() for line in lines[3:]][-2:] == ["embedders, output", "all layers"]
 
 
+def test_fit(source, capsys):
+    arguments = [
+        "fit",
+        source,
+        "a.gguf",
+        "--bits",
+        "5",
+        "--heads",
+        "4",
+        "--noise-size",
+        "8",
+        "--tokens",
+        "4",
+        "--quick",
+    ]
+    arguments += [word for name in ("q3_k", "Q4_K", "Q6_K") for word in ("--type", name)]
+    assert cli.main([*arguments, "--at-least", "single_layers.*.mlp.c_proj=Q6_K"]) == 0
+    shown = capsys.readouterr()
+    assert "noise in place of latents and texts" in shown.err
+    assert "measurements of 4 evaluations" in shown.err
+    rows = [line.split(" | ") for line in shown.out.splitlines()[2:]]
+    assert len(rows) == 3
+    assert rows[2][0] == "| a.gguf"
+    assert 4.9 < float(rows[2][2]) <= 5
+    assert cli.main(["convert", source, "b.gguf", "--like", "a.gguf"]) == 0
+    assert cli.main(["inspect", "b.gguf"]) == 0
+    assert "quantize.like: a.gguf" in capsys.readouterr().out
+    assert cli.main(["fit", source, "a.gguf", "--size", "1KB", "--heads", "4", "--overwrite"]) == 1
+    assert "expected 0.00" in capsys.readouterr().err
+
+
 def test_an_importance_matrix_allows_the_types_that_need_one(source, capsys):
     matrix = ImportanceMatrix()
     for name, weight in native_weights().items():
@@ -164,6 +195,13 @@ def test_an_importance_matrix_allows_the_types_that_need_one(source, capsys):
         (["sensitivity", "aura.safetensors", "--tokens", "0"], "--tokens 0: at least 1"),
         (["sensitivity", "aura.safetensors", "--heads", "0"], "--heads 0: at least 1"),
         (["sensitivity", "aura.safetensors", "--type", "Q4_K_M"], "Q4_K_M cannot be measured. These can: F32"),
+        (["fit", "aura.safetensors", "a.gguf"], "one of the arguments --size --bits is required"),
+        (["fit", "aura.safetensors", "a.gguf", "--size", "4"], "expected a number and a unit, such as 4.0GB"),
+        (
+            ["fit", "aura.safetensors", "a.gguf", "--bits", "4", "--type", "Q4_K_M"],
+            "Q4_K_M is not the type of a tensor",
+        ),
+        (["fit", "aura.safetensors", "a.gguf", "--bits", "4", "--at-most", "x"], "PATTERN=TYPE"),
         ([], "required"),
     ],
 )

@@ -125,11 +125,13 @@ def fit(
     for name in measured:
         if name not in QUANT_TYPES or name not in RECIPES or (name in NEEDS_IMATRIX and imatrix is None):
             raise ValueError(f"{name} cannot be measured: it is no type that can be written, or needs an imatrix.")
-    checkpoint = open_checkpoint(source)
-    matrix = read_imatrix(imatrix) if imatrix is not None else ImportanceMatrix()
     unknown = [name for name in wanted.types if name not in WRITTEN]
     if unknown:
         raise ValueError(f"{unknown[0]} is not the type of a tensor. These are: {', '.join(WRITTEN)}.")
+    for rule in (*wanted.at_least, *wanted.at_most):
+        parse_rule(rule)
+    checkpoint = open_checkpoint(source)
+    matrix = read_imatrix(imatrix) if imatrix is not None else ImportanceMatrix()
     subject = Subject.of(checkpoint, matrix, measured, wanted.types or WRITTEN)
     heads = head_count([checkpoint], subject.match.dimensions["embedding_length"], inputs.heads)
     count = QUICK_EVALUATIONS if quick else EVALUATIONS

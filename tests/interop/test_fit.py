@@ -15,6 +15,7 @@ from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.quantizer.checkpoints import open_checkpoint
 from auraflow_gguf.quantizer.convert import convert
 from auraflow_gguf.quantizer.imatrix import ImportanceMatrix, write_imatrix
+from auraflow_gguf.quantizer.inspection import describe, report
 from auraflow_gguf.quantizer.quality import evaluation
 from auraflow_gguf.quantizer.quality.evaluation import Inputs, mean_square
 from auraflow_gguf.quantizer.quality.fit import Wanted, fit
@@ -109,6 +110,9 @@ def test_the_figures_are_those_of_the_file(folder):
     assert metadata["quantize.fit.inputs"].endswith(INPUTS.source.about)
     assert metadata["aura.attention.head_count"] == HEADS
     assert set(metadata["quantize.fit.groups"]) == made.types.keys()
+    description = describe(target, fixed=FIXED)
+    assert description.metadata["quantize.fit.measured_error"] == metadata["quantize.fit.measured_error"]
+    assert "quantize.fit.tool: auraflow-gguf fit" in report(description)
     squares = sum(error**2 for error in metadata["quantize.fit.group_errors"])
     assert math.sqrt(squares) == pytest.approx(made.predicted, rel=1e-4)
 
