@@ -12,8 +12,8 @@ Every recipe keeps the same tensors out of quantization, 1 % of the model togeth
 The weights of the transformer blocks get the recipe's type. A plain type (`Q4_K`, `Q8_0`, `IQ4_XS`, …) gives it to all
 of them; `F32`, `F16` and `BF16` go to the kept weights too. The K mixtures are chosen by measurement, on a small model
 with trained weights (docs/recipes.md): the MLP and the attention's value and output projections one step higher in `_M`
-and in `Q2_K`, the MLP alone two in `_L`; queries and keys, and modulation, a third of AuraFlow's parameters, in the
-base type. `_S` is the plain type. `--tensor-type` overrides any of it; `fit` measures what a checkpoint itself needs.
+and in `Q2_K`; queries and keys, and modulation, a third of AuraFlow's parameters, in the base type. `_L` has the
+attention one step higher than `_M`. `_S` is the plain type. `--tensor-type` overrides any of it; `fit` measures what a checkpoint itself needs.
 
 In the text encoder the MLP's down projection (`wo`), the attention's `v` and `o` and the embedding (`shared`), with
 which the residual stream begins, are one step higher in `_M` and in `Q2_K`, two in `_L`: by structure, not by
@@ -36,6 +36,7 @@ from ..loader.quant_types import QUANT_TYPES
 from ..loader.quant_types.base import QuantType
 
 MLP = "*_layers.*.mlp*"
+QUERIES = "*_layers.*.attn.w[12][qk]"
 VALUE = "*_layers.*.attn.w[12]v"
 OUTPUT = "*_layers.*.attn.w[12]o"
 EMBEDDERS = ("t_embedder.*", "cond_seq_linear", "modF.1")
@@ -141,10 +142,12 @@ def _plain(name: str, file_type: int, type_name: str = "") -> Recipe:
     return Recipe(name, file_type, (("*_layers.*", chosen), (TEXT_LAYERS, chosen), (EMBEDDING, embedding)))
 
 
-def _mixture(name: str, file_type: int, base: str, mlp: str, projections: str, text: str) -> Recipe:
-    """A base type, and those of the MLP, of the attention's ``v`` and ``o``, and of what writes into the text encoder's
-    residual stream."""
-    rules = {MLP: mlp, VALUE: projections, OUTPUT: projections}
+def _mixture(
+    name: str, file_type: int, base: str, *, mlp: str, projections: str, text: str, queries: str = ""
+) -> Recipe:
+    """A base type, and those of the MLP, of the attention's ``v`` and ``o``, of ``q`` and ``k`` where it is not the base,
+    and of what writes into the text encoder's residual stream."""
+    rules = {MLP: mlp, VALUE: projections, OUTPUT: projections, QUERIES: queries or base}
     rules |= dict.fromkeys((TEXT_DOWN, TEXT_VALUE, TEXT_OUTPUT, EMBEDDING), text) | dict.fromkeys(EMBEDDERS, "Q8_0")
     rules |= dict.fromkeys(("*_layers.*", TEXT_LAYERS), base)
     return Recipe(name, file_type, tuple(rules.items()))
@@ -169,7 +172,7 @@ RECIPES: Mapping[str, Recipe] = {
         _plain("Q4_K_S", 14, "Q4_K"),
         _plain("Q4_1", 3),
         _plain("Q4_0", 2),
-        _mixture("Q3_K_L", 13, "Q3_K", mlp="Q5_K", projections="Q3_K", text="Q5_K"),
+        _mixture("Q3_K_L", 13, "Q3_K", mlp="Q4_K", queries="Q4_K", projections="Q5_K", text="Q5_K"),
         _mixture("Q3_K_M", 12, "Q3_K", mlp="Q4_K", projections="Q4_K", text="Q4_K"),
         _plain("Q3_K", 11),
         _plain("Q3_K_S", 11, "Q3_K"),

@@ -54,24 +54,26 @@ def test_what_is_kept_depends_on_the_source(dtype, weight, bare):
 
 
 @pytest.mark.parametrize(
-    ("name", "base", "mlp", "projections"),
+    ("name", "modulation", "queries", "mlp", "projections"),
     [
-        ("Q5_K_M", "Q5_K", "Q6_K", "Q6_K"),
-        ("Q4_K_M", "Q4_K", "Q5_K", "Q5_K"),
-        ("Q3_K_L", "Q3_K", "Q5_K", "Q3_K"),
-        ("Q3_K_M", "Q3_K", "Q4_K", "Q4_K"),
-        ("Q2_K", "Q2_K", "Q3_K", "Q3_K"),
+        ("Q5_K_M", "Q5_K", "Q5_K", "Q6_K", "Q6_K"),
+        ("Q4_K_M", "Q4_K", "Q4_K", "Q5_K", "Q5_K"),
+        ("Q3_K_L", "Q3_K", "Q4_K", "Q4_K", "Q5_K"),
+        ("Q3_K_M", "Q3_K", "Q3_K", "Q4_K", "Q4_K"),
+        ("Q2_K", "Q2_K", "Q2_K", "Q3_K", "Q3_K"),
     ],
 )
-def test_mixtures(name, base, mlp, projections):
+def test_mixtures(name, modulation, queries, mlp, projections):
     chosen = types(RECIPES[name])
     for weight in filter(in_layers, SHAPES):
         if ".mlp" in weight:
             assert chosen[weight] == mlp, weight
         elif weight.endswith(("1v.weight", "2v.weight", "1o.weight", "2o.weight")):
             assert chosen[weight] == projections, weight
+        elif ".mod" in weight:
+            assert chosen[weight] == modulation, weight
         else:
-            assert chosen[weight] == base, weight
+            assert chosen[weight] == queries, weight
     assert {chosen[f"{module}.weight"] for module in EMBEDDERS} == {"Q8_0"}
     assert {chosen[name] for name in ("init_x_linear.weight", "final_linear.weight")} == {"BF16"}
     assert {chosen[name] for name in SHAPES if name.endswith(".bias")} == {"F32"}
