@@ -7,6 +7,7 @@ import dataclasses
 import importlib.util
 import json
 import logging
+import re
 import sys
 import time
 from pathlib import Path
@@ -53,7 +54,9 @@ def _parser() -> argparse.ArgumentParser:
     convert = commands.add_parser("convert", help="make a GGUF file from a checkpoint")
     convert.add_argument("source", help="safetensors file or index, diffusers folder, .ckpt, .pt or .gguf")
     convert.add_argument("target", help="the .gguf file to make")
-    convert.add_argument("--type", required=True, help="Q8_0, Q4_K_M, IQ4_XS, BF16, …; an unknown one lists them all")
+    types = convert.add_mutually_exclusive_group(required=True)
+    types.add_argument("--type", help="Q8_0, Q4_K_M, IQ4_XS, BF16, …; an unknown one lists them all")
+    types.add_argument("--like", metavar="FILE", help="the types of this GGUF file, of the same model or a fine-tune")
     convert.add_argument(
         "--tensor-type",
         action="append",
@@ -101,6 +104,33 @@ def _parser() -> argparse.ArgumentParser:
     _add_inputs(sensitivity)
     sensitivity.set_defaults(command=_sensitivity)
 
+    fit = commands.add_parser(
+        "fit", help="make the best GGUF file for a size, by measuring what each type does to each group of weights"
+    )
+    fit.add_argument("source", metavar="SOURCE", help="anything that convert takes, at best unquantized")
+    fit.add_argument("target", metavar="TARGET", help="the .gguf file to make; what is measured is kept beside it")
+    size = fit.add_mutually_exclusive_group(required=True)
+    size.add_argument("--size", dest="file_size", metavar="SIZE", help="of the file, at most: 4.0GB, 3900MB, 3.7GiB")
+    size.add_argument("--bits", type=float, help="a weight, all in all: 4.8")
+    fit.add_argument("--imatrix", metavar="FILE", help="an importance matrix, to measure and to write with")
+    fit.add_argument(
+        "--quick", action="store_true", help="measure two types in place of four, on four evaluations at most"
+    )
+    fit.add_argument("--type", action="append", default=[], metavar="TYPE", help="may be chosen; without it all may be")
+    fit.add_argument("--measure", action="append", default=[], metavar="TYPE", help="measure these types; repeatable")
+    for name, which in (("--at-least", "fewer"), ("--at-most", "more")):
+        fit.add_argument(
+            name,
+            action="append",
+            default=[],
+            metavar="PATTERN=TYPE",
+            help=f"a group with weights that fit gets no {which} bits than that type has; repeatable",
+        )
+    fit.add_argument("--overwrite", action="store_true", help="replace the target if it exists")
+    fit.add_argument("--json", action="store_true", help="for programs")
+    _add_inputs(fit, "--noise-size")
+    fit.set_defaults(command=_fit)
+
     compile_ = commands.add_parser(
         "compile", help="compile what makes converting, and pictures on a CPU, faster; needs a C compiler"
     )
@@ -121,20 +151,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _add_inputs(parser: argparse.ArgumentParser) -> None:
-    """Options for running the transformer."""
+def _add_inputs(parser: argparse.ArgumentParser, size: str = "--size") -> None:
+    """Options for running the transformer; ``size`` is the one for the noise's."""
     parser.add_argument("--device", default="cpu", help="what it runs on: cpu, cuda, mps")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--size", type=int, default=32, help="of the latent: an eighth of the picture's pixels")
-    parser.add_argument("--tokens", type=int, default=64, help="length of the text")
-    parser.add_argument("--seed", type=int, default=0, help="of the random inputs")
+    parser.add_argument(
+        "--heads", type=int, help="attention heads, where no file says it and the width is not AuraFlow's own"
+    )
+    parser.add_argument(
+        "--calibration", metavar="FILE", help="inputs collected while sampling; without it noise in place of them"
+    )
+    parser.add_argument(size, dest="size", type=int, default=32, help="of the noise: an eighth of the picture's pixels")
+    parser.add_argument("--tokens", type=int, default=64, help="length of the noise in place of a text")
+    parser.add_argument("--seed", type=int, default=0, help="of the noise")
 
 
 def _convert(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from .quantizer.recipe import recipe_for
 
     try:
-        recipe_for(options.type, options.tensor_type, imatrix=options.imatrix is not None)
+        recipe_for(options.type or "F32", options.tensor_type, imatrix=options.imatrix is not None)
     except ValueError as error:
         parser.error(str(error))
     from .quantizer.convert import convert
@@ -144,6 +180,7 @@ def _convert(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
             options.source,
             options.target,
             options.type,
+            like=options.like,
             overwrite=options.overwrite,
             tensor_types=options.tensor_type,
             imatrix=options.imatrix,
@@ -184,7 +221,12 @@ def _verify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 def _compare(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from .quantizer.quality.comparison import compare
 
-    inputs = _inputs(options, parser) if options.forward else None
+    inputs = None
+    if options.forward:
+        inputs = _inputs(options, parser)
+        if options.calibration:
+            inputs = dataclasses.replace(inputs, source=inputs.source.held_back())
+        _say_inputs(inputs.source)
     with _ProgressLine() as progress:
         everything, differences = compare(options.a, options.b, progress=progress)
     report = {"all": dataclasses.asdict(everything), "tensors": [dataclasses.asdict(entry) for entry in differences]}
@@ -216,8 +258,11 @@ def _sensitivity(options: argparse.Namespace, parser: argparse.ArgumentParser) -
     for name in types:
         if name not in measurable:
             parser.error(f"{name} cannot be measured. These can: {', '.join(measurable)}.")
+    inputs = _inputs(options, parser)
+    inputs = dataclasses.replace(inputs, source=inputs.source.choosing())
+    _say_inputs(inputs.source)
     with _ProgressLine() as progress:
-        rows = sensitivity(options.model, types, _inputs(options, parser), progress=progress)
+        rows = sensitivity(options.model, types, inputs, progress=progress)
     if options.json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
         return OK
@@ -228,6 +273,61 @@ def _sensitivity(options: argparse.Namespace, parser: argparse.ArgumentParser) -
         cells = (f"{row.errors[name]:.5f} ({row.nbytes[name] / 1e6:.1f})" for name in types)
         print(f"| {row.group} | {row.weights / 1e6:.1f} | {' | '.join(cells)} |")
     return OK
+
+
+def _fit(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .loader.files.errors import ModelFileError
+    from .quantizer.quality.fit import Wanted, fit
+
+    inputs = _inputs(options, parser)
+    types = {name: tuple(map(str.upper, getattr(options, name))) for name in ("type", "measure")}
+    wanted = Wanted(
+        _bytes(options.file_size, parser),
+        options.bits,
+        types["type"],
+        tuple(options.at_least),
+        tuple(options.at_most),
+    )
+    with _ProgressLine() as progress:
+        try:
+            made = fit(
+                options.source,
+                options.target,
+                wanted,
+                inputs,
+                imatrix=options.imatrix,
+                measured=types["measure"],
+                quick=options.quick,
+                overwrite=options.overwrite,
+                say=lambda line: print(line, file=sys.stderr, flush=True),
+                progress=progress,
+            )
+        except ModelFileError:
+            raise
+        except ValueError as error:
+            parser.error(str(error))
+    if options.json:
+        print(json.dumps(dataclasses.asdict(made), indent=2))
+        return OK
+    print("| file | GB | bits per weight | predicted error | measured error |")
+    print("|---|---|---|---|---|")
+    for row in (*made.recipes, made):
+        name = getattr(row, "name", Path(options.target).name)
+        predicted = "" if row.predicted is None else f"{row.predicted:.5f}"
+        bits = 8 * row.size / made.weights
+        print(f"| {name} | {row.size / 1e9:.3f} | {bits:.2f} | {predicted} | {row.measured:.5f} |")
+    return OK
+
+
+def _bytes(text: str | None, parser: argparse.ArgumentParser) -> int | None:
+    """A size such as 4.0GB or 3.7 GiB in bytes."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(i?)B", text.strip(), re.IGNORECASE)
+    if not found:
+        parser.error(f"--size {text}: expected a number and a unit, such as 4.0GB, 3900MB or 3.7GiB.")
+    number, unit, binary = found.groups()
+    return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1))
 
 
 def _migrate(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -253,23 +353,31 @@ def _models_above() -> list[Path]:
 def _inputs(options: argparse.Namespace, parser: argparse.ArgumentParser):
     import torch
 
+    from .quantizer.quality.calibration import read_calibration
     from .quantizer.quality.evaluation import Inputs
+    from .quantizer.quality.inputs import Noise
 
     if options.size < 2 or options.size % 2:
-        parser.error(f"--size {options.size}: a latent's size is even and at least 2.")
+        parser.error(f"{options.size}: a latent's size is even and at least 2.")
     if options.tokens < 1:
         parser.error(f"--tokens {options.tokens}: at least 1.")
+    if options.heads is not None and options.heads < 1:
+        parser.error(f"--heads {options.heads}: at least 1.")
     try:
         torch.empty(0, device=options.device)
     except (AssertionError, NotImplementedError, RuntimeError) as error:
         parser.error(f"--device {options.device} cannot be used here: {str(error).splitlines()[0]}")
-    return Inputs(
-        size=options.size,
-        tokens=options.tokens,
-        seed=options.seed,
-        device=options.device,
-        dtype=getattr(torch, options.dtype),
+    source = (
+        read_calibration(options.calibration)
+        if options.calibration
+        else Noise(size=options.size, tokens=options.tokens, seed=options.seed)
     )
+    return Inputs(source, options.device, getattr(torch, options.dtype), options.heads)
+
+
+def _say_inputs(source) -> None:
+    """Say what the figures that follow are of, beside them and not among them."""
+    print(f"The transformer runs on {source.about}.", file=sys.stderr)
 
 
 def _compile(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:

@@ -30,6 +30,9 @@ from .cache import cache_folder, locked
 VERSION = 2
 """Part of the cached files' names: to be raised when what is in them changes."""
 
+MIXTURE_VERSION = 3
+"""The same, of the file in a mixture of types: to be raised when the recipe changes."""
+
 BLOCKS = 4096
 """Of each type and size of row, in a file that is packed without being quantized."""
 
@@ -44,7 +47,7 @@ def cached_auraflow() -> Path:
     def make(target: Path) -> None:
         convert(cached_checkpoint(), target, "Q4_K_M")
 
-    return _cached("diffusion_models", "random-auraflow-1-1-Q4_K_M.gguf", make)
+    return _cached("diffusion_models", "random-auraflow-1-1-Q4_K_M.gguf", make, MIXTURE_VERSION)
 
 
 def cached_checkpoint() -> Path:
@@ -72,9 +75,9 @@ def cached_vae() -> Path:
     return _cached("vae", "random-sdxl-vae.safetensors", make_vae)
 
 
-def _cached(kind: str, name: str, make: Callable[[Path], None]) -> Path:
+def _cached(kind: str, name: str, make: Callable[[Path], None], version: int = VERSION) -> Path:
     stem, suffix = name.rsplit(".", 1)
-    target = cache_folder() / "models" / kind / f"{stem}.v{VERSION}.{suffix}"
+    target = cache_folder() / "models" / kind / f"{stem}.v{version}.{suffix}"
     with locked(target.with_name(f"{target.name}.lock")):
         if not target.exists():
             print(f"Making {target} (once; it may take some minutes)", flush=True)

@@ -6,22 +6,24 @@ import logging
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..loader.files.errors import ModelFileError, listed
+from ..loader.files.gguf_file import open_gguf
 from ..loader.files.matching import Match, Source, annotations, match
 from ..loader.files.parts import PARTS, part_of
 from ..loader.files.pile_t5 import PILE_T5_XL
+from ..loader.quant_types import QUANT_TYPES
 from .checkpoints import Checkpoint, open_checkpoint, swap_halves
 from .imatrix import ImportanceMatrix, check_imatrix, read_imatrix
 from .quantize import quantize
-from .recipe import NEEDS_IMATRIX, Recipe, recipe_for
+from .recipe import NEEDS_IMATRIX, RECIPES, Recipe, recipe_for
 from .tokenizer import carried_tokenizer, find_tokenizer, read_tokenizer
-from .writer import TensorSpec, write_gguf
+from .writer import TensorSpec, file_size, write_gguf
 
 logger = logging.getLogger(__name__)
 
@@ -46,8 +48,9 @@ DESCRIPTION = {
 def convert(
     source: str | os.PathLike,
     target: str | os.PathLike,
-    type_name: str,
+    type_name: str | None = None,
     *,
+    like: str | os.PathLike | None = None,
     overwrite: bool = False,
     tensor_types: Iterable[str] = (),
     imatrix: str | os.PathLike | None = None,
@@ -63,6 +66,7 @@ def convert(
         source: what `open_checkpoint` takes, in either spelling, with any prefix.
         target: the file to be made.
         type_name: a name among `RECIPES`.
+        like: in place of ``type_name`` a GGUF file of the same model, whose tensors' types are taken over.
         overwrite: replace a ``target`` that exists.
         tensor_types: rules ``PATTERN=TYPE`` that go before the recipe's.
         imatrix: an importance matrix, as `read_imatrix` takes it.
@@ -77,7 +81,13 @@ def convert(
         ModelFileError: ``source``, ``target``, ``imatrix`` or ``tokenizer`` cannot be used; ``target`` is then as it
             was.
     """
-    recipe = recipe_for(type_name, tensor_types, imatrix=imatrix is not None)
+    if (type_name is None) == (like is None):
+        raise ValueError("Give either a type or a file to be like.")
+    if like is None:
+        recipe, extra = recipe_for(type_name, tensor_types, imatrix=imatrix is not None), {}
+    else:
+        recipe = _recipe_like(like, tensor_types, imatrix=imatrix is not None)
+        extra = {"quantize.like": os.path.basename(like)}
     if not os.fspath(target).lower().endswith(".gguf"):
         raise ModelFileError(
             target,
@@ -90,6 +100,8 @@ def convert(
         logger.warning(
             "The tokenizer %s has no effect: only a text encoder's file has one.", os.path.basename(tokenizer)
         )
+    if like is not None:
+        _check_alike(checkpoint, like, recipe, part)
     convert_checkpoint(
         checkpoint,
         target,
@@ -101,7 +113,49 @@ def convert(
         tokenizer=tokenizer or find_tokenizer(source),
         progress=progress,
         fixed=fixed,
+        extra=extra,
     )
+
+
+def _recipe_like(path: str | os.PathLike, overrides: Iterable[str], *, imatrix: bool) -> Recipe:
+    """The types of a GGUF file's tensors as a recipe, after the user's own rules."""
+    file = open_gguf(path)
+    found = match(part_of(file.shapes), file.shapes, metadata=file.metadata, path=file.path, fixed={})
+    types = {native: file.tensors[source.name].type.name for native, source in found.weights.items()}
+    unwritten = sorted({name for name in types.values() if name not in RECIPES})
+    if unwritten:
+        raise ModelFileError(
+            path,
+            found=f"tensors of {listed(unwritten)}",
+            expected=f"types that can be written: {', '.join(name for name in RECIPES if name in QUANT_TYPES)}",
+            advice="Choose a --type.",
+        )
+    own = recipe_for("F32", overrides, imatrix=imatrix).overrides
+    needing = sorted({name for name in types.values() if name in NEEDS_IMATRIX})
+    if needing and not imatrix:
+        raise ModelFileError(
+            path,
+            found=f"tensors of {listed(needing)}",
+            expected="types that can be made without an importance matrix",
+            advice="Give one (--imatrix), or be like another file.",
+        )
+    rules = tuple((name.removesuffix(".weight"), types[name]) for name in types if name.endswith(".weight"))
+    return Recipe("like", int(file.metadata.get("general.file_type", 0)), rules, own)
+
+
+def _check_alike(checkpoint: Checkpoint, like: str | os.PathLike, recipe: Recipe, part: str | None) -> None:
+    """Refuse a file to be like that has other tensors than the checkpoint."""
+    architecture = part_of(checkpoint.shapes, part)
+    found = match(architecture, checkpoint.shapes, metadata=checkpoint.metadata, path=checkpoint.path, fixed={})
+    ours = {name.removesuffix(".weight") for name in found.weights if name.endswith(".weight")}
+    theirs = {pattern for pattern, _ in recipe.rules}
+    if ours != theirs:
+        raise ModelFileError(
+            like,
+            found=f"other tensors: {listed(sorted(ours ^ theirs))}",
+            expected=f"those of {os.path.basename(checkpoint.path)}",
+            advice="Give a file of the same model, or of a fine-tune of it.",
+        )
 
 
 def convert_checkpoint(
@@ -116,8 +170,10 @@ def convert_checkpoint(
     tokenizer: str | os.PathLike | None = None,
     progress: Progress | None = None,
     fixed: Mapping[str, int] | None = None,
+    extra: Mapping[str, object] | None = None,
 ) -> None:
-    """`convert`, of an opened checkpoint; ``name`` is the model's where its metadata have none."""
+    """`convert`, of an opened checkpoint; ``name`` is the model's where its metadata have none, ``extra`` are further
+    metadata to write."""
     if os.path.exists(target) and any(os.path.samefile(file, target) for file in checkpoint.files):
         raise ModelFileError(
             target,
@@ -125,10 +181,73 @@ def convert_checkpoint(
             expected="another file",
             advice="Choose another name for the result.",
         )
+    plan = _plan(checkpoint, recipe, name, imatrix, part, tokenizer, fixed, extra)
+    if plan.skipped:
+        logger.info("left out: %d tensors of other parts, such as %s", len(plan.skipped), plan.skipped[0])
+    _warn_of_generation_loss(checkpoint, plan.sources)
+    if plan.uncovered:
+        logger.warning(
+            "%s has no moments for %s: quantized without.", os.path.basename(imatrix), listed(plan.uncovered)
+        )
+
+    total, done = sum(tensor.size for tensor in plan.sources), 0
+
+    def packed(tensor: TensorSpec) -> Iterator[memoryview]:
+        nonlocal done
+        for rows, piece in _pack(checkpoint, plan.sources[tensor], tensor, plan.matrix.moments(tensor.name)):
+            yield piece
+            done += rows * tensor.shape[-1]
+            if progress:
+                progress(done, total)
+
+    write_gguf(target, plan.metadata, list(plan.sources), packed, overwrite=overwrite)
+
+
+def planned_size(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    *,
+    name: str,
+    imatrix: str | os.PathLike | None = None,
+    fixed: Mapping[str, int] | None = None,
+    extra: Mapping[str, object] | None = None,
+) -> int:
+    """Bytes of the file that `convert_checkpoint` would make; errors are its."""
+    plan = _plan(checkpoint, recipe, name, imatrix, None, None, fixed, extra)
+    return file_size(plan.metadata, list(plan.sources))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a conversion writes, before a weight is read.
+
+    Attributes:
+        metadata: the file's.
+        sources: where the weights of each tensor come from, in the file's order.
+        matrix: the importance matrix, empty if there is none.
+        uncovered: tensors that are quantized and that it has no moments for.
+        skipped: see `Match`.
+    """
+
+    metadata: dict[str, object]
+    sources: dict[TensorSpec, Source]
+    matrix: ImportanceMatrix
+    uncovered: list[str]
+    skipped: tuple[str, ...]
+
+
+def _plan(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    name: str,
+    imatrix: str | os.PathLike | None,
+    part: str | None,
+    tokenizer: str | os.PathLike | None,
+    fixed: Mapping[str, int] | None,
+    extra: Mapping[str, object] | None,
+) -> _Plan:
     architecture = part_of(checkpoint.shapes, part)
     found = match(architecture, checkpoint.shapes, metadata=checkpoint.metadata, path=checkpoint.path, fixed=fixed)
-    if found.skipped:
-        logger.info("left out: %d tensors of other parts, such as %s", len(found.skipped), found.skipped[0])
     unused = recipe.unused_rules(found.weights)
     if unused:
         raise ModelFileError(
@@ -145,30 +264,19 @@ def convert_checkpoint(
         ): source
         for native, source in sorted(found.weights.items(), key=lambda item: _natural_order(item[0]))
     }
-    tensors = list(sources)
-    _warn_of_generation_loss(checkpoint, sources)
-    matrix = _fitting_imatrix(imatrix, tensors) if imatrix is not None else ImportanceMatrix()
-
-    total, done = sum(tensor.size for tensor in tensors), 0
-
-    def packed(tensor: TensorSpec) -> Iterator[memoryview]:
-        nonlocal done
-        for rows, piece in _pack(checkpoint, sources[tensor], tensor, matrix.moments(tensor.name)):
-            yield piece
-            done += rows * tensor.shape[-1]
-            if progress:
-                progress(done, total)
-
     metadata = _metadata(checkpoint, found, recipe, name)
+    matrix, uncovered = ImportanceMatrix(), []
     if imatrix is not None:
+        matrix, uncovered = _fitting_imatrix(imatrix, sources)
         metadata |= _imatrix_metadata(imatrix, matrix)
     if architecture.name == PILE_T5_XL.name:
         size = found.dimensions["vocabulary_size"]
         metadata |= read_tokenizer(tokenizer, size) if tokenizer else carried_tokenizer(checkpoint.metadata)
-    write_gguf(target, metadata, tensors, packed, overwrite=overwrite)
+    return _Plan(metadata | dict(extra or {}), sources, matrix, uncovered, found.skipped)
 
 
-def _fitting_imatrix(path: str | os.PathLike, tensors: Iterable[TensorSpec]) -> ImportanceMatrix:
+def _fitting_imatrix(path: str | os.PathLike, tensors: Iterable[TensorSpec]) -> tuple[ImportanceMatrix, list[str]]:
+    """The importance matrix, and the quantized tensors that it does not cover."""
     matrix = read_imatrix(path)
     quantized = [tensor for tensor in tensors if tensor.type.block_size > 1]
     missing = check_imatrix(
@@ -177,9 +285,7 @@ def _fitting_imatrix(path: str | os.PathLike, tensors: Iterable[TensorSpec]) -> 
         columns={tensor.name: tensor.shape[-1] for tensor in quantized},
         required={tensor.name: tensor.type.name for tensor in quantized if tensor.type.name in NEEDS_IMATRIX},
     )
-    if missing:
-        logger.warning("%s has no moments for %s: quantized without.", os.path.basename(path), listed(missing))
-    return matrix
+    return matrix, missing
 
 
 def _pack(

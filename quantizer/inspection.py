@@ -37,6 +37,11 @@ REPORTED_METADATA = (
     "general.license",
     "general.file_type",
     "general.source.header_sha256",
+    "quantize.fit.tool",
+    "quantize.fit.inputs",
+    "quantize.fit.predicted_error",
+    "quantize.fit.measured_error",
+    "quantize.like",
 )
 TILE = 1 << 22  # weights dequantized at a time
 

@@ -18,13 +18,16 @@ import os
 import secrets
 import shutil
 import struct
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import BinaryIO
 
 from ..loader.files.errors import ModelFileError
 from ..loader.quant_types.base import QuantType
 
 ALIGNMENT = 32
+METADATA_BYTES = 1 << 24  # at the beginning of a file, in which a key is looked for
 
 # GGUF's metadata value types (enum gguf_metadata_value_type)
 _UINT32, _INT32, _FLOAT32, _BOOL, _STRING, _ARRAY, _UINT64 = 4, 5, 6, 7, 8, 9, 10
@@ -72,18 +75,39 @@ def write_gguf(
         Whatever ``data`` raises. In every case, Ctrl-C too, the temporary file is removed and ``target`` is as it
         was. A killed process leaves at most the temporary file, ``<target's name>.<8 hex digits>.partial``.
     """
-    target = os.path.abspath(target)
     header = _header(metadata, tensors)
-    _check_target(target, len(header) + sum(_padded(tensor.nbytes) for tensor in tensors), overwrite)
+    with whole_file(target, file_size(metadata, tensors), overwrite=overwrite) as file:
+        file.write(header)
+        for tensor in tensors:
+            written = sum(file.write(piece) for piece in data(tensor))
+            if written != tensor.nbytes:
+                raise ValueError(f"{tensor.name}: {written} bytes of data, {tensor.nbytes} announced")
+            file.write(bytes(_padded(written) - written))
+
+
+def file_size(metadata: Mapping[str, object], tensors: Sequence[TensorSpec]) -> int:
+    """Bytes of the file that `write_gguf` makes."""
+    return len(_header(metadata, tensors)) + sum(_padded(tensor.nbytes) for tensor in tensors)
+
+
+@contextmanager
+def whole_file(target: str | os.PathLike, size: int, *, overwrite: bool = False) -> Iterator[BinaryIO]:
+    """A file to be written under a temporary name beside ``target``, and renamed when the context ends without error.
+
+    Args:
+        target: the file to make.
+        size: how many bytes it will have.
+        overwrite: replace a ``target`` that exists.
+
+    Raises:
+        ModelFileError: as `write_gguf`, which says what is left when it fails.
+    """
+    target = os.path.abspath(target)
+    check_target(target, size, overwrite)
     temporary = f"{target}.{secrets.token_hex(4)}.partial"
     try:
         with open(temporary, "xb") as file:
-            file.write(header)
-            for tensor in tensors:
-                written = sum(file.write(piece) for piece in data(tensor))
-                if written != tensor.nbytes:
-                    raise ValueError(f"{tensor.name}: {written} bytes of data, {tensor.nbytes} announced")
-                file.write(bytes(_padded(written) - written))
+            yield file
             file.flush()
             os.fsync(file.fileno())
         _refuse_existing(target, overwrite)  # one that another conversion has made meanwhile
@@ -99,6 +123,23 @@ def write_gguf(
                 advice="The unfinished file was removed. Free some space, or write to another disk.",
             ) from error
         raise
+
+
+def set_float(path: str | os.PathLike, key: str, value: float) -> None:
+    """Change a float among the metadata of a file that `write_gguf` made.
+
+    Raises:
+        ValueError: it has none under that key.
+    """
+    sought = _string(key) + struct.pack("<I", _FLOAT32)
+    with open(path, "r+b") as file:
+        place = file.read(METADATA_BYTES).find(sought)
+        if place < 0:
+            raise ValueError(f"no float under {key}")
+        file.seek(place + len(sought))
+        file.write(struct.pack("<f", value))
+        file.flush()
+        os.fsync(file.fileno())
 
 
 _NO_ROOM = {
@@ -130,7 +171,8 @@ def _replace(temporary: str, target: str) -> None:
         ) from error
 
 
-def _check_target(target: str, size: int, overwrite: bool) -> None:
+def check_target(target: str, size: int, overwrite: bool) -> None:
+    """Refuse an absolute path that a file of ``size`` bytes cannot be written to, as `write_gguf` does."""
     folder = os.path.dirname(target)
     if not os.path.isdir(folder):
         raise ModelFileError(

@@ -107,7 +107,7 @@ def test_compare(source, capsys):
     assert lines[1].startswith("all ")
     assert len(lines) == 2 + 10 + 1
     assert "_layers." in lines[2]
-    assert cli.main(["compare", source, "a.gguf", "--json", "--forward", "--size", "8"]) == 0
+    assert cli.main(["compare", source, "a.gguf", "--json", "--forward", "--size", "8", "--heads", "4"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert len(report["tensors"]) == len(native_weights())
     assert report["tensors"][0]["relative_error"] > report["all"]["relative_error"] > 0.01
@@ -116,7 +116,7 @@ def test_compare(source, capsys):
 
 
 def test_a_latent_larger_than_the_positions_is_refused(source, capsys):
-    assert cli.main(["sensitivity", source, "--type", "Q8_0", "--size", "18"]) == 1
+    assert cli.main(["sensitivity", source, "--type", "Q8_0", "--size", "18", "--heads", "4"]) == 1
     assert "found positions for a latent of 16 × 16, expected 18 × 18" in capsys.readouterr().err
 
 
@@ -130,10 +130,46 @@ def test_a_code_page_without_our_letters(source, tmp_path):
 
 
 def test_sensitivity(source, capsys):
-    assert cli.main(["sensitivity", source, "--type", "q4_k", "--type", "Q8_0", "--size", "8", "--tokens", "4"]) == 0
-    lines = capsys.readouterr().out.splitlines()
+    arguments = ["sensitivity", source, "--type", "q4_k", "--type", "Q8_0", "--size", "8", "--tokens", "4"]
+    assert cli.main(arguments) == 1
+    assert "nothing that says the number of attention heads" in capsys.readouterr().err
+    assert cli.main([*arguments, "--heads", "4"]) == 0
+    shown = capsys.readouterr()
+    assert "runs on noise in place of latents and texts" in shown.err
+    lines = shown.out.splitlines()
     assert lines[1] == "| weights quantized | millions | Q4_K | Q8_0 |"
     assert [line.split("|")[1].strip() for line in lines[3:]][-2:] == ["embedders, output", "all layers"]
+
+
+def test_fit(source, capsys):
+    arguments = [
+        "fit",
+        source,
+        "a.gguf",
+        "--bits",
+        "5",
+        "--heads",
+        "4",
+        "--noise-size",
+        "8",
+        "--tokens",
+        "4",
+        "--quick",
+    ]
+    arguments += [word for name in ("q3_k", "Q4_K", "Q6_K") for word in ("--type", name)]
+    assert cli.main([*arguments, "--at-least", "single_layers.*.mlp.c_proj=Q6_K"]) == 0
+    shown = capsys.readouterr()
+    assert "noise in place of latents and texts" in shown.err
+    assert "measurements of 4 evaluations" in shown.err
+    rows = [line.split(" | ") for line in shown.out.splitlines()[2:]]
+    assert len(rows) == 3
+    assert rows[2][0] == "| a.gguf"
+    assert 4.9 < float(rows[2][2]) <= 5
+    assert cli.main(["convert", source, "b.gguf", "--like", "a.gguf"]) == 0
+    assert cli.main(["inspect", "b.gguf"]) == 0
+    assert "quantize.like: a.gguf" in capsys.readouterr().out
+    assert cli.main(["fit", source, "a.gguf", "--size", "1KB", "--heads", "4", "--overwrite"]) == 1
+    assert "expected 0.00" in capsys.readouterr().err
 
 
 def test_an_importance_matrix_allows_the_types_that_need_one(source, capsys):
@@ -157,7 +193,15 @@ def test_an_importance_matrix_allows_the_types_that_need_one(source, capsys):
         (["compare", "a.gguf", "b.gguf", "--forward", "--size", "33"], "size is even and at least 2"),
         (["compare", "a.gguf", "b.gguf", "--forward", "--device", "foo"], "--device foo cannot be used here"),
         (["sensitivity", "aura.safetensors", "--tokens", "0"], "--tokens 0: at least 1"),
+        (["sensitivity", "aura.safetensors", "--heads", "0"], "--heads 0: at least 1"),
         (["sensitivity", "aura.safetensors", "--type", "Q4_K_M"], "Q4_K_M cannot be measured. These can: F32"),
+        (["fit", "aura.safetensors", "a.gguf"], "one of the arguments --size --bits is required"),
+        (["fit", "aura.safetensors", "a.gguf", "--size", "4"], "expected a number and a unit, such as 4.0GB"),
+        (
+            ["fit", "aura.safetensors", "a.gguf", "--bits", "4", "--type", "Q4_K_M"],
+            "Q4_K_M is not the type of a tensor",
+        ),
+        (["fit", "aura.safetensors", "a.gguf", "--bits", "4", "--at-most", "x"], "PATTERN=TYPE"),
         ([], "required"),
     ],
 )

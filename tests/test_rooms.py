@@ -42,7 +42,7 @@ PACKAGES = {
     "libgguf": (KERNELS, QUANTIZER),
     "triton": (KERNELS,),
     "gguf": (TYPES, QUANTIZER),
-    "numpy": (KERNELS, QUANTIZER),
+    "numpy": (KERNELS, QUANTIZER, QUALITY),
     "safetensors": (COMFYUI,),
     "sentencepiece": (QUANTIZER,),
     "threadpoolctl": (KERNELS,),

@@ -1,4 +1,4 @@
-"""The transformer's output, to judge a quantization by: in diffusers' class, with random inputs.
+"""The transformer's output, to judge a quantization by, in diffusers' class.
 
 Errors of single weights say little: an error is carried on by all layers after it, and many are cancelled or blown up.
 So the whole transformer runs, at several timesteps, and the error is that of its output.
@@ -6,98 +6,102 @@ So the whole transformer runs, at several timesteps, and the error is that of it
 
 from __future__ import annotations
 
-import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import mean
 from tempfile import TemporaryDirectory
 
 import torch
 
 from ...loader.diffusers.transformer import AuraFlowTransformer2DModel, load_diffusers_transformer
 from ...loader.files.auraflow import AURAFLOW
-from ...loader.files.errors import ModelFileError
-from ...loader.files.matching import match
-from ...loader.weights.state_dict import open_checked
+from ...loader.files.matching import Match, match
 from ..checkpoints import Checkpoint, open_checkpoint
 from ..convert import convert
+from .heads import head_count
+from .inputs import Evaluation, Noise, Source, check_size
 
-HEAD_WIDTH = 256
 FLOAT_TYPES = {torch.float32: "F32", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Seeded normal noise in place of latents and of text features.
+    """What the transformer is run on.
 
     Attributes:
-        size: height and width of the latent, 8 times fewer than pixels.
-        tokens: length of the text.
-        timesteps: the noise levels, 1 for noise alone.
-        seed: of the noise.
+        source: the latents, texts and timesteps.
         device, dtype: what is computed on and in.
+        heads: the number of attention heads, where no file says it.
     """
 
-    size: int = 32
-    tokens: int = 64
-    timesteps: tuple[float, ...] = (0.9, 0.7, 0.5, 0.3, 0.1)
-    seed: int = 0
+    source: Source = field(default_factory=Noise)
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
+    heads: int | None = None
 
     @torch.inference_mode()
+    def output(self, model: AuraFlowTransformer2DModel, evaluation: Evaluation) -> torch.Tensor:
+        """The output ``(1, 4, height, width)`` of one evaluation."""
+        return model(
+            evaluation.latent.to(self.device, self.dtype),
+            evaluation.text.to(self.device, self.dtype),
+            torch.tensor([evaluation.timestep], device=self.device),
+            return_dict=False,
+        )[0]
+
     def outputs(self, model: AuraFlowTransformer2DModel) -> list[torch.Tensor]:
-        """The output ``(1, 4, size, size)`` at each timestep."""
-        generator = torch.Generator().manual_seed(self.seed)
-        latent = torch.randn(1, 4, self.size, self.size, generator=generator).to(self.device, self.dtype)
-        width = model.config.joint_attention_dim
-        text = torch.randn(1, self.tokens, width, generator=generator).to(self.device, self.dtype)
-        return [
-            model(latent, text, torch.tensor([timestep], device=self.device), return_dict=False)[0]
-            for timestep in self.timesteps
-        ]
+        """The output ``(1, 4, height, width)`` of each evaluation."""
+        return [self.output(model, each) for each in self.source.evaluations(model.config.joint_attention_dim)]
+
+    def timesteps(self, model: AuraFlowTransformer2DModel) -> list[float]:
+        """The timestep of each evaluation."""
+        return [evaluation.timestep for evaluation in self.source.evaluations(model.config.joint_attention_dim)]
 
 
 @contextmanager
 def transformer(path: str | os.PathLike, inputs: Inputs) -> Iterator[AuraFlowTransformer2DModel]:
-    """The model of a checkpoint on the inputs' device, in their dtype; of any width, with heads of 256.
+    """The model of a checkpoint on the inputs' device, in their dtype; of any width.
 
     One that is no GGUF file is first copied into one of its own precision, in the folder for temporary files.
 
     Raises:
-        ModelFileError: ``path`` is no sound checkpoint of AuraFlow, or there is no room for the copy.
+        ModelFileError: ``path`` is no sound checkpoint of AuraFlow, there is no room for the copy, or nothing says the
+            number of attention heads.
     """
-    with TemporaryDirectory() as folder:
-        if Path(path).suffix.lower() != ".gguf":
-            copy = Path(folder, "model.gguf")
-            convert(path, copy, _float_type(open_checkpoint(path)), fixed={})
-            path = copy
-        dimensions = open_checked(path, AURAFLOW, fixed={})[1].dimensions
-        _check_size(path, inputs.size, dimensions["positional_encoding_length"])
-        model = load_diffusers_transformer(path, inputs.dtype, heads=dimensions["embedding_length"] // HEAD_WIDTH)
+    checkpoint = open_checkpoint(path)
+    dimensions = _match(checkpoint).dimensions
+    check_size(inputs.source, checkpoint.path, dimensions["positional_encoding_length"])
+    heads = head_count([checkpoint], dimensions["embedding_length"], inputs.heads)
+    with as_gguf(path) as mapped:
+        model = load_diffusers_transformer(mapped, inputs.dtype, heads=heads)
         for module in model.modules():
             for name, weight in module.named_parameters(recurse=False):
                 module.register_parameter(name, torch.nn.Parameter(weight.to(inputs.device), requires_grad=False))
         yield model
 
 
-def _check_size(path: str | os.PathLike, size: int, positions: int) -> None:
-    largest = 2 * math.isqrt(positions)
-    if size > largest:
-        raise ModelFileError(
-            path,
-            found=f"positions for a latent of {largest} × {largest}",
-            expected=f"{size} × {size}",
-            advice="Give a smaller --size.",
-        )
+@contextmanager
+def as_gguf(path: str | os.PathLike) -> Iterator[Path]:
+    """A checkpoint as a GGUF file, which can be mapped: itself, or a copy as long as the context lasts."""
+    if Path(path).suffix.lower() == ".gguf":
+        yield Path(path)
+        return
+    with TemporaryDirectory() as folder:
+        copy = Path(folder, "model.gguf")
+        convert(path, copy, _float_type(open_checkpoint(path)), fixed={})
+        yield copy
+
+
+def _match(checkpoint: Checkpoint) -> Match:
+    return match(AURAFLOW, checkpoint.shapes, metadata=checkpoint.metadata, path=checkpoint.path, fixed={})
 
 
 def _float_type(checkpoint: Checkpoint) -> str:
     """The type that holds the checkpoint's weights as they are; bfloat16 has all numbers of plain fp8."""
-    wanted = match(AURAFLOW, checkpoint.shapes, metadata=checkpoint.metadata, path=checkpoint.path, fixed={})
-    dtypes = {checkpoint.dtype(source.name) for source in wanted.weights.values()}
+    dtypes = {checkpoint.dtype(source.name) for source in _match(checkpoint).weights.values()}
     return next((name for dtype, name in FLOAT_TYPES.items() if dtype in dtypes), "BF16")
 
 
@@ -106,12 +110,25 @@ def relative_error(output: torch.Tensor, reference: torch.Tensor) -> float:
     return ((output.double() - reference.double()).norm() / reference.double().norm()).item()
 
 
+def mean_square(outputs: Iterable[torch.Tensor], references: Iterable[torch.Tensor]) -> float:
+    """The mean of the squares of the relative errors of several outputs."""
+    return mean(relative_error(*pair) ** 2 for pair in zip(outputs, references, strict=True))
+
+
 def output_errors(a: str | os.PathLike, b: str | os.PathLike, inputs: Inputs) -> dict[float, float]:
-    """The relative error of ``b``'s output to ``a``'s by timestep; errors are those of `transformer`."""
+    """The relative error of ``b``'s output to ``a``'s by timestep, the mean where one has several evaluations.
+
+    What one file says of the number of heads holds for both. Errors are those of `transformer`.
+    """
+    checkpoints = [open_checkpoint(path) for path in (a, b)]
+    hidden = _match(checkpoints[0]).dimensions["embedding_length"]
+    inputs = replace(inputs, heads=head_count(checkpoints, hidden, inputs.heads))
     with transformer(a, inputs) as model:
         reference = inputs.outputs(model)
+        timesteps = inputs.timesteps(model)
     with transformer(b, inputs) as model:
         outputs = inputs.outputs(model)
-    return {
-        timestep: relative_error(*pair) for timestep, *pair in zip(inputs.timesteps, outputs, reference, strict=True)
-    }
+    errors: dict[float, list[float]] = {}
+    for timestep, *pair in zip(timesteps, outputs, reference, strict=True):
+        errors.setdefault(timestep, []).append(relative_error(*pair))
+    return {timestep: mean(values) for timestep, values in errors.items()}

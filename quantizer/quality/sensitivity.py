@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from statistics import mean
 
+import numpy as np
 import torch
 
 from ...loader.files.auraflow import AURAFLOW
@@ -72,7 +73,7 @@ def sensitivity(
         for group, linears in groups.items():
             row = Sensitivity(group, sum(linear.weight.numel() for linear in linears), {}, {})
             for type_name in type_names:
-                with _quantized(linears, QUANT_TYPES[type_name]) as nbytes:
+                with quantized(linears, QUANT_TYPES[type_name]) as nbytes:
                     pairs = zip(inputs.outputs(model), reference, strict=True)
                     row.errors[type_name] = mean(relative_error(*pair) for pair in pairs)
                 row.nbytes[type_name] = nbytes
@@ -96,22 +97,31 @@ def _groups(model: torch.nn.Module) -> dict[str, list[torch.nn.Linear]]:
 
 
 @contextmanager
-def _quantized(linears: Sequence[torch.nn.Linear], quant_type: QuantType) -> Iterator[int]:
-    """Quantize those whose rows are whole blocks, while the context lasts; gives the bytes of all."""
+def quantized(
+    linears: Sequence[torch.nn.Linear], quant_type: QuantType, moments: Sequence[np.ndarray | None] | None = None
+) -> Iterator[int]:
+    """Quantize those whose rows are whole blocks, while the context lasts; gives the bytes of all.
+
+    Args:
+        linears: packed or dense.
+        quant_type: the type.
+        moments: of an importance matrix, for each linear; see `quantize`.
+    """
     originals = [linear.weight for linear in linears]
     nbytes = 0
-    for linear in linears:
-        if linear.in_features % quant_type.block_size == 0:
-            linear.weight = torch.nn.Parameter(_requantize(linear.weight, quant_type), requires_grad=False)
-        nbytes += linear.weight.nbytes
     try:
+        for linear, its_moments in zip(linears, moments or [None] * len(linears), strict=True):
+            if linear.in_features % quant_type.block_size == 0:
+                weight = _requantize(linear.weight, quant_type, its_moments)
+                linear.weight = torch.nn.Parameter(weight, requires_grad=False)
+            nbytes += linear.weight.nbytes
         yield nbytes
     finally:
         for linear, weight in zip(linears, originals, strict=True):
             linear.weight = weight
 
 
-def _requantize(weight: torch.Tensor, quant_type: QuantType) -> torch.Tensor:
+def _requantize(weight: torch.Tensor, quant_type: QuantType, moments: np.ndarray | None) -> torch.Tensor:
     dense = weight.dequantize() if is_packed(weight) else weight
-    blocks = torch.from_numpy(quantize(dense.float().cpu(), quant_type)).to(weight.device)
+    blocks = torch.from_numpy(quantize(dense.float().cpu(), quant_type, moments)).to(weight.device)
     return pack(blocks, quant_type.name, tuple(weight.shape), weight.dtype)

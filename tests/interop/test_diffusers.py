@@ -13,7 +13,22 @@ from safetensors.torch import save_file
 from ..quantizer.small_model import FIXED, HIDDEN, MLP, POSITIONS, TEXT, diffusers_weights, native_weights
 
 HEADS = 4
-TYPES = ["BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS"]
+TYPES = [
+    "BF16",
+    "Q8_0",
+    "Q4_0",
+    "Q4_1",
+    "Q5_0",
+    "Q5_1",
+    "Q2_K",
+    "Q3_K",
+    "Q4_K",
+    "Q5_K",
+    "Q6_K",
+    "IQ4_NL",
+    "IQ4_XS",
+    "Q4_K_M",
+]
 CONFIG = {
     "_class_name": "AuraFlowTransformer2DModel",
     "num_mmdit_layers": 1,

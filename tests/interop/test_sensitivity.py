@@ -1,22 +1,29 @@
 """The output's error when groups of weights are quantized, on the small model in diffusers' class."""
 
+import json
 from dataclasses import replace
 from statistics import mean
 
 import pytest
 import torch
+from auraflow_gguf.loader.diffusers.transformer import load_diffusers_transformer
 from auraflow_gguf.loader.files.auraflow import AURAFLOW
+from auraflow_gguf.loader.files.errors import ModelFileError
+from auraflow_gguf.loader.files.gguf_file import open_gguf
 from auraflow_gguf.loader.files.parts import PARTS
 from auraflow_gguf.quantizer import convert
 from auraflow_gguf.quantizer.quality import comparison, evaluation
 from auraflow_gguf.quantizer.quality.evaluation import Inputs, output_errors
+from auraflow_gguf.quantizer.quality.heads import head_count
+from auraflow_gguf.quantizer.quality.inputs import Noise
 from auraflow_gguf.quantizer.quality.sensitivity import ALL, GROUPS, sensitivity
 from safetensors.torch import save_file
 
 from ..quantizer.small_model import native_weights
 
 WEIGHTS = native_weights()
-INPUTS = Inputs(size=8, tokens=5)
+HEADS = 4
+INPUTS = Inputs(Noise(size=8, tokens=5), heads=HEADS)
 
 
 @pytest.fixture
@@ -46,7 +53,7 @@ def test_each_group_alone_gives_what_a_file_of_it_gives(source, tmp_path):
         assert 0 < row.errors["Q8_0"] < row.errors["Q3_K"]
         convert.convert(source, target, "BF16", tensor_types=rules, overwrite=True)
         expected = output_errors(source, target, INPUTS)
-        assert list(expected) == list(INPUTS.timesteps)
+        assert list(expected) == list(INPUTS.source.timesteps)
         assert row.errors["Q3_K"] == pytest.approx(mean(expected.values()), rel=1e-4)
         assert row.nbytes["Q3_K"] == row.weights * 110 // 256
     assert rows[ALL].errors["Q3_K"] > rows["MLP c_proj"].errors["Q3_K"]
@@ -73,10 +80,51 @@ def test_a_checkpoint_is_evaluated_in_its_own_precision(tmp_path, source, dtype,
     assert all(error < 10 * everything.relative_error + 1e-6 for error in errors.values())
 
 
+def test_the_number_of_heads_decides_the_output(source, tmp_path):
+    """Beside diffusers' own class with as many heads; 256 a head, which nothing says, is another model."""
+    with evaluation.transformer(source, INPUTS) as model:
+        output = INPUTS.outputs(model)[0]
+    with evaluation.transformer(source, replace(INPUTS, heads=1)) as model:
+        other = INPUTS.outputs(model)[0]
+    convert.convert(source, tmp_path / "bf16.gguf", "BF16")
+    theirs = load_diffusers_transformer(tmp_path / "bf16.gguf", heads=HEADS)
+    assert torch.equal(output, INPUTS.outputs(theirs)[0])
+    assert evaluation.relative_error(other, output) > 1e-2
+
+
+def test_the_number_of_heads_is_read_where_a_file_says_it(source, tmp_path):
+    config = {"_class_name": "AuraFlowTransformer2DModel", "num_attention_heads": HEADS}
+    unsaid = replace(INPUTS, heads=None)
+    with pytest.raises(ModelFileError, match=r"found a hidden size of 256, and nothing .* --heads"):
+        output_errors(source, source, unsaid)
+    convert.convert(source, tmp_path / "said.gguf", "Q4_0", fixed={"head_count": HEADS})
+    assert open_gguf(tmp_path / "said.gguf").metadata["aura.attention.head_count"] == HEADS
+    expected = output_errors(source, tmp_path / "said.gguf", INPUTS)
+    assert output_errors(source, tmp_path / "said.gguf", unsaid) == expected
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    convert.convert(source, tmp_path / "unsaid.gguf", "Q4_0")
+    assert output_errors(source, tmp_path / "unsaid.gguf", unsaid) == expected
+    with pytest.raises(ModelFileError, match=r"aura.safetensors: found 4 attention heads, expected 8"):
+        output_errors(source, source, replace(INPUTS, heads=8))
+    (tmp_path / "config.json").write_text(json.dumps(config | {"num_attention_heads": "4"}))
+    with pytest.raises(ModelFileError, match=r"config.json: found num_attention_heads = '4'"):
+        output_errors(source, source, unsaid)
+
+
+@pytest.mark.parametrize(("hidden", "given", "expected"), [(3072, None, 12), (3072, 24, 24), (512, 8, 8)])
+def test_auraflows_own_width_has_auraflows_heads(source, hidden, given, expected):
+    assert head_count([evaluation.open_checkpoint(source)], hidden, given) == expected
+
+
+def test_heads_of_no_whole_width_are_refused(source):
+    with pytest.raises(ModelFileError, match="expected a multiple of the 7 attention heads"):
+        output_errors(source, source, replace(INPUTS, heads=7))
+
+
 def test_the_inputs_are_seeded(source):
     with evaluation.transformer(source, INPUTS) as model:
         first, again = INPUTS.outputs(model), INPUTS.outputs(model)
-        other = replace(INPUTS, seed=1).outputs(model)
+        other = replace(INPUTS, source=replace(INPUTS.source, seed=1)).outputs(model)
     assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
     assert not torch.equal(first[0], other[0])
     assert not torch.equal(first[0], first[1])

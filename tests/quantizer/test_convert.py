@@ -16,6 +16,7 @@ from auraflow_gguf.loader.files.gguf_file import open_gguf
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.quantizer import convert as module
 from auraflow_gguf.quantizer.convert import convert
+from auraflow_gguf.quantizer.imatrix import ImportanceMatrix, write_imatrix
 from auraflow_gguf.quantizer.recipe import NEEDS_IMATRIX, RECIPES
 from safetensors.torch import save_file
 
@@ -326,3 +327,47 @@ def test_memory_is_that_of_a_tensor_and_not_of_the_model(tmp_path):
     grown = int(subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True).stdout)
     assert size > 190e6
     assert grown * 1024 < 100e6
+
+
+def test_types_are_taken_over_from_another_file(source, tmp_path):
+    rules = ["single_layers.0.*=Q3_K", "double_layers.*.mod*=Q2_K", "modF.1=Q8_0"]
+    first = converted(source, "Q4_K_M", tensor_types=rules)
+    other = {name: weight + 0.01 for name, weight in WEIGHTS.items()}
+    save_file(diffusers_weights(other), tmp_path / "fine-tune.safetensors")
+    like = tmp_path / "like.gguf"
+    convert(tmp_path / "fine-tune.safetensors", like, like=first.path, fixed=FIXED)
+    made = open_gguf(like)
+    assert {name: info.type for name, info in made.tensors.items()} == {
+        name: info.type for name, info in first.tensors.items()
+    }
+    assert {info.type.name for info in made.tensors.values()} >= {"Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q8_0"}
+    assert made.metadata["quantize.like"] == "Q4_K_M.gguf"
+    assert made.metadata["general.file_type"] == first.metadata["general.file_type"]
+    convert(tmp_path / "fine-tune.safetensors", tmp_path / "a.gguf", "Q4_K_M", tensor_types=rules, fixed=FIXED)
+    assert contents(made) == contents(open_gguf(tmp_path / "a.gguf"))
+    changed = ["single_layers.0.mlp.*=Q6_K"]
+    convert(source, like, like=first.path, tensor_types=changed, fixed=FIXED, overwrite=True)
+    assert open_gguf(like).tensors["single_layers.0.mlp.c_proj.weight"].type.name == "Q6_K"
+    assert open_gguf(like).tensors["single_layers.0.attn.w1q.weight"].type.name == "Q3_K"
+
+
+def test_a_file_that_cannot_be_taken_for_an_example_is_refused(source, tmp_path):
+    example = converted(source, "Q8_0").path
+    fewer = {name: weight for name, weight in WEIGHTS.items() if not name.startswith("single_layers.1.")}
+    save_file(fewer, tmp_path / "small.safetensors")
+    with pytest.raises(
+        ModelFileError, match=r"Q8_0.gguf: found other tensors: single_layers.1.attn.w1k, .* and 3 more"
+    ):
+        convert(tmp_path / "small.safetensors", tmp_path / "a.gguf", like=example, fixed=FIXED)
+    with pytest.raises(ValueError, match="either a type or a file"):
+        convert(source, tmp_path / "a.gguf", "Q8_0", like=example, fixed=FIXED)
+    with pytest.raises(ValueError, match="either a type or a file"):
+        convert(source, tmp_path / "a.gguf", fixed=FIXED)
+    matrix = ImportanceMatrix()
+    for name, weight in WEIGHTS.items():
+        matrix.add(name, weight.reshape(-1, weight.shape[-1]).float())
+    write_imatrix(tmp_path / "imatrix.gguf", matrix)
+    converted(source, "IQ2_XXS", imatrix=tmp_path / "imatrix.gguf")
+    with pytest.raises(ModelFileError, match=r"IQ2_XXS.gguf: found tensors of IQ2_XXS, .*--imatrix"):
+        convert(source, tmp_path / "a.gguf", like=tmp_path / "IQ2_XXS.gguf", fixed=FIXED)
+    assert not (tmp_path / "a.gguf").exists()

@@ -1,12 +1,14 @@
 import gguf
 import pytest
 import torch
+from auraflow_gguf.devtools.random_models import full_size
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.quantizer.recipe import RECIPES, recipe_for
 
 from .small_model import native_shapes
 
 SHAPES = native_shapes()
+EMBEDDERS = ("t_embedder.mlp.0", "t_embedder.mlp.2", "cond_seq_linear", "modF.1")
 KEPT = {"t_embedder.mlp.0", "t_embedder.mlp.2", "init_x_linear", "cond_seq_linear", "final_linear", "modF.1"}
 
 
@@ -23,7 +25,7 @@ def test_a_plain_type_goes_to_every_weight_of_the_layers(name):
     chosen = types(RECIPES[name])
     if name != "Q2_K":
         assert {chosen[weight] for weight in SHAPES if in_layers(weight)} == {name}
-    assert {chosen[f"{module}.weight"] for module in KEPT} == {"BF16"}
+        assert {chosen[f"{module}.weight"] for module in KEPT} == {"BF16"}
 
 
 @pytest.mark.parametrize("name", ["F32", "F16", "BF16"])
@@ -45,35 +47,44 @@ def test_a_float_type_goes_to_every_weight(name):
     ],
 )
 def test_what_is_kept_depends_on_the_source(dtype, weight, bare):
-    chosen = types(RECIPES["Q4_K_M"], dtype)
+    chosen = types(RECIPES["Q4_K_S"], dtype)
     assert {chosen[f"{module}.weight"] for module in KEPT} == {weight}
     assert {chosen[name] for name in ("positional_encoding", "register_tokens")} == {bare}
     assert {chosen[name] for name in SHAPES if name.endswith(".bias")} == {"F32"}
 
 
 @pytest.mark.parametrize(
-    ("name", "base", "residual", "modulation"),
+    ("name", "modulation", "queries", "mlp", "projections"),
     [
-        ("Q5_K_M", "Q5_K", "Q6_K", "Q6_K"),
-        ("Q5_K_S", "Q5_K", "Q5_K", "Q5_K"),
-        ("Q4_K_M", "Q4_K", "Q5_K", "Q5_K"),
-        ("Q4_K_S", "Q4_K", "Q4_K", "Q4_K"),
-        ("Q3_K_L", "Q3_K", "Q5_K", "Q4_K"),
-        ("Q3_K_M", "Q3_K", "Q4_K", "Q4_K"),
-        ("Q3_K_S", "Q3_K", "Q3_K", "Q3_K"),
-        ("Q2_K", "Q2_K", "Q3_K", "Q3_K"),
+        ("Q5_K_M", "Q5_K", "Q5_K", "Q6_K", "Q6_K"),
+        ("Q4_K_M", "Q4_K", "Q4_K", "Q5_K", "Q5_K"),
+        ("Q3_K_L", "Q3_K", "Q4_K", "Q4_K", "Q5_K"),
+        ("Q3_K_M", "Q3_K", "Q3_K", "Q4_K", "Q4_K"),
+        ("Q2_K", "Q2_K", "Q2_K", "Q3_K", "Q3_K"),
     ],
 )
-def test_mixtures(name, base, residual, modulation):
+def test_mixtures(name, modulation, queries, mlp, projections):
     chosen = types(RECIPES[name])
-    residuals = ("c_proj.weight", "1v.weight", "2v.weight", "1o.weight", "2o.weight")
     for weight in filter(in_layers, SHAPES):
-        if ".mod" in weight:
+        if ".mlp" in weight:
+            assert chosen[weight] == mlp, weight
+        elif weight.endswith(("1v.weight", "2v.weight", "1o.weight", "2o.weight")):
+            assert chosen[weight] == projections, weight
+        elif ".mod" in weight:
             assert chosen[weight] == modulation, weight
-        elif weight.endswith(residuals):
-            assert chosen[weight] == residual, weight
         else:
-            assert chosen[weight] == base, weight
+            assert chosen[weight] == queries, weight
+    assert {chosen[f"{module}.weight"] for module in EMBEDDERS} == {"Q8_0"}
+    assert {chosen[name] for name in ("init_x_linear.weight", "final_linear.weight")} == {"BF16"}
+    assert {chosen[name] for name in SHAPES if name.endswith(".bias")} == {"F32"}
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes"), [("Q5_K_M", 5.39), ("Q4_K_M", 4.51), ("Q3_K_L", 3.86), ("Q3_K_M", 3.64), ("Q2_K", 2.82)]
+)
+def test_a_mixture_of_the_full_size_is_no_larger_than_it_was(name, gigabytes):
+    _, tensors = full_size(name)
+    assert 0.95 * gigabytes < sum(tensor.nbytes for tensor in tensors) / 1e9 < gigabytes
 
 
 def test_file_types_are_llama_cpps():
@@ -92,6 +103,7 @@ def test_overrides_come_first_and_in_their_order():
     assert chosen["single_layers.1.mlp.c_proj.weight"] == "Q6_K"
     assert chosen["single_layers.1.mlp.c_fc1.weight"] == "Q6_K"
     assert chosen["double_layers.0.mlpX.c_proj.weight"] == "Q5_K"
+    assert chosen["double_layers.0.modX.1.weight"] == "Q4_K"
     assert chosen["modF.1.weight"] == "Q5_0"
 
 

@@ -1,0 +1,99 @@
+"""A fit that is killed, at any moment, leaves no half file, and goes on where it was."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from ..quantizer.small_model import native_weights
+
+MOMENTS = 10
+
+# Imports once; then forks, for each line, which is a folder, a process that fits in it, and at the next line waits.
+FITTER = """
+import os, sys
+sys.path.insert(0, {tests!r})
+import conftest
+import torch
+torch.set_num_threads(1)
+from auraflow_gguf.quantizer.quality.evaluation import Inputs
+from auraflow_gguf.quantizer.quality.fit import Wanted, fit
+from auraflow_gguf.quantizer.quality.inputs import Noise
+inputs = Inputs(Noise(size=4, tokens=2, timesteps=(0.5,)), heads=4)
+wanted = Wanted(bits=5, types=("Q3_K", "Q4_K", "Q5_K", "Q6_K"))
+print("ready", flush=True)
+while folder := sys.stdin.readline().strip():
+    child = os.fork()
+    if child == 0:
+        fit("aura.safetensors", os.path.join(folder, "a.gguf"), wanted, inputs, measured=("Q3_K",), overwrite=True)
+        os._exit(0)
+    print(child, flush=True)
+    sys.stdin.readline()
+    print(os.waitpid(child, 0)[1], flush=True)
+"""
+
+
+class Fitter:
+    def __init__(self, process: subprocess.Popen):
+        self.process = process
+
+    def start(self, folder: Path) -> int:
+        print(folder, file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def wait(self) -> int:
+        print(file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, which Windows has not")
+def test_a_killed_fit_goes_on_where_it_was(tmp_path):
+    save_file(native_weights(), tmp_path / "aura.safetensors")
+    folders = whole, killed = [tmp_path / name for name in ("whole", "killed")]
+    for folder in (*folders, tmp_path / "tmp"):
+        folder.mkdir()
+    environment = os.environ | {"TMPDIR": str(tmp_path / "tmp"), "OMP_NUM_THREADS": "1"}
+    script = FITTER.format(tests=str(Path(__file__).parents[1]))
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    command = [sys.executable, "-c", script]
+    with subprocess.Popen(command, **pipes, cwd=tmp_path, env=environment) as process:
+        assert process.stdout.readline() == "ready\n"
+        fitter = Fitter(process)
+        durations = []
+        for _ in range(2):  # with measuring, and without
+            begin = time.monotonic()
+            fitter.start(whole)
+            assert fitter.wait() == 0
+            durations.append(time.monotonic() - begin)
+        expected = (whole / "a.gguf").read_bytes()
+
+        moments, counts, unfinished = random.Random(0), [0], 0
+        for moment in range(MOMENTS):
+            longest = durations[0] / 3 if moment < MOMENTS // 2 else durations[1]
+            (killed / "a.gguf").write_bytes(b"as it was")
+            child = fitter.start(killed)
+            time.sleep(moments.uniform(0, longest))
+            os.kill(child, signal.SIGKILL)
+            fitter.wait()
+            assert (killed / "a.gguf").read_bytes() in (b"as it was", expected)
+            for kept in killed.glob("*.fit.json"):
+                counts.append(sum(map(len, json.loads(kept.read_text())["errors"].values())))
+            for partial in killed.glob("*.partial"):
+                unfinished += 1
+                shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            assert {name.split(".")[0] for name in os.listdir(killed)} <= {"a", "aura"}
+        assert counts == sorted(counts)
+        assert unfinished
+        assert len(set(counts)) > 2  # some were killed while they measured
+        fitter.start(killed)
+        assert fitter.wait() == 0
+        assert (killed / "a.gguf").read_bytes() == expected
+        process.stdin.close()
