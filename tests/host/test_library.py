@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from auraflow_gguf.devtools.server import ROOT
 from auraflow_gguf.loader.comfyui.lora import load_lora
 from auraflow_gguf.loader.comfyui.model import load_model
 from auraflow_gguf.loader.files.gguf_file import open_gguf
+from PIL import Image
 from safetensors.torch import save_file
 
 from nodes import common_ksampler
@@ -66,3 +68,30 @@ def test_every_node_works_where_there_is_no_server(host, base):
     assert "an AuraFlow transformer" in result["report"]
     assert result["conditioning"][0] == 1
     assert result["conditioning"][2] == 2048
+
+
+@pytest.mark.host_independent
+def test_the_script_of_the_document(host, base, tmp_path):
+    """The block of code in docs/library.md, with small random models in place of its files, and a small picture."""
+    (code,) = re.findall(
+        r"^```python\n(.*?)^```", (ROOT / "docs" / "library.md").read_text(encoding="utf-8"), re.M | re.S
+    )
+    vae = random_models.cached_vae()
+    (base / "models" / "vae").mkdir()
+    (base / "models" / "vae" / vae.name).symlink_to(vae)
+    for ours, small in {
+        '"ComfyUI", "ComfyUI/custom_nodes/auraflow-gguf"': f"{str(host.path)!r}, {str(ROOT)!r}",
+        "import torch\n": f"from comfy.cli_args import args\nargs.cpu, args.base_directory = True, {str(base)!r}\n",
+        "aura_flow_0.3-Q4_K_M.gguf": "model.gguf",
+        "pile-t5-xl-Q8_0.gguf": "text.gguf",
+        "sdxl_vae.safetensors": vae.name,
+        "width=1024, height=1024": "width=64, height=64",
+        "steps=25": "steps=1",
+    }.items():
+        assert code.count(ours) == 1
+        code = code.replace(ours, small if not ours.startswith("import") else small + ours)
+    ran = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    pictures = [Image.open(tmp_path / f"picture-{seed}.png") for seed in range(2)]
+    assert [picture.size for picture in pictures] == [(64, 64)] * 2
+    assert pictures[0].tobytes() != pictures[1].tobytes()
