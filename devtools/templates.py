@@ -18,7 +18,10 @@ ObjectInfo = dict[str, dict[str, Any]]
 EXAMPLES = ROOT / "example_workflows"
 WORKFLOWS = ROOT / "tests" / "workflows"
 
-MODEL = "auraflow-v0.3-Q4_K_M.gguf"
+MODEL = "aura_flow_0.3-Q4_K_M.gguf"
+PUBLISHED = {MODEL: ("https://huggingface.co/city96/AuraFlow-v0.3-gguf/resolve/main/", "diffusion_models")}
+"""Files in the templates that can be downloaded: where from, and ComfyUI's folder for them."""
+
 PROMPT = "a lighthouse on a cliff at dawn, oil painting"
 
 
@@ -316,6 +319,9 @@ def _graph_node(number: int, entry: Mapping[str, Any], info: ObjectInfo) -> dict
                 height += _WIDGET
     if class_type in _SHOWING_A_LINE:
         height += _LINES
+    properties: dict[str, Any] = {"Node name for S&R": class_type}
+    if models := [_model(value) for value in given.values() if isinstance(value, str) and value in PUBLISHED]:
+        properties["models"] = models
     names = described["output_name"]
     outputs = [{"name": n, "type": t, "links": []} for n, t in zip(names, described["output"], strict=True)]
     height += _SLOT * max(len(inputs), len(outputs)) + 20
@@ -329,9 +335,15 @@ def _graph_node(number: int, entry: Mapping[str, Any], info: ObjectInfo) -> dict
         "mode": 0,
         "inputs": inputs,
         "outputs": outputs,
-        "properties": {"Node name for S&R": class_type},
+        "properties": properties,
         "widgets_values": values,
     }
+
+
+def _model(name: str) -> dict[str, str]:
+    """What the editor needs to offer the download of a file that is missing."""
+    folder, directory = PUBLISHED[name]
+    return {"name": name, "url": f"{folder}{name}", "directory": directory}
 
 
 def _is_widget(kind: object) -> bool:

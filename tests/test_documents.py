@@ -1,5 +1,5 @@
 """Every command and table of README.md and docs/ is tried: those of docs/api.md, the messages and the demo by
-tests/host."""
+tests/host, the script of docs/diffusers.md by tests/interop."""
 
 from __future__ import annotations
 
@@ -29,13 +29,14 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 IN_PROSE = [*PAGES, ROOT / "SECURITY.md", ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml"]
 NEEDS_NETWORK = ("git clone", "pip install")  # and change the Python that runs this
 SERVER_PAGE = "api.md"
+DIFFUSERS_PAGE = "diffusers.md"
 
 
 def commands() -> list[str]:
     """All lines of all blocks of code, those of a quoted script as one, and what stands in the text as `python …`."""
     found = []
     for page in PAGES:
-        if page.name == SERVER_PAGE:
+        if page.name in (SERVER_PAGE, DIFFUSERS_PAGE):
             continue
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
             whole = re.split(r"\n(?=python |git |pip )", block.strip())

@@ -30,15 +30,16 @@ ROOMS = {
     "nodes": (TYPES, FILES, WEIGHTS, COMFYUI, CHECKPOINTS, QUANTIZER, QUALITY, "migration.py"),
     "migration.py": (FILES,),
     "cli.py": (FILES, "loader/kernels/native", CHECKPOINTS, QUANTIZER, QUALITY, "migration.py"),
-    "__init__.py": ("nodes",),
+    "__init__.py": ("nodes", DIFFUSERS),
     "loader": (),
 }
 
 # What is not ours → the rooms that may import it; the host's own modules count as comfy.
 PACKAGES = {
     "comfy": (COMFYUI, "nodes"),
-    "comfy_kitchen": (WEIGHTS,),
+    "comfy_kitchen": (WEIGHTS, DIFFUSERS),
     "diffusers": (DIFFUSERS,),
+    "transformers": (DIFFUSERS,),
     "libgguf": (KERNELS, QUANTIZER),
     "triton": (KERNELS,),
     "gguf": (TYPES, QUANTIZER),

@@ -68,11 +68,12 @@ class GGUFOps(manual_cast):
             self._own_nothing(dtype)
 
         def forward_comfy_cast_weights(self, input):
-            output = self._traced(input) if torch.compiler.is_compiling() else super().forward_comfy_cast_weights(input)
+            taken_apart = torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad)
+            output = self._by_itself(input) if taken_apart else super().forward_comfy_cast_weights(input)
             return output if self.low_rank is None else self.low_rank.add_to(output, input)
 
-        def _traced(self, input):
-            """The same, for torch.compile, which takes torch's linear apart before a packed weight can answer to it."""
+        def _by_itself(self, input):
+            """The same for torch.compile and autograd, which take torch's linear apart before a packed one answers."""
             # dynamic VRAM has a place (_v) of its own for the weight
             if is_packed(self.weight) and not (self.weight_function or self.bias_function or hasattr(self, "_v")):
                 bias = None if self.bias is None else self.bias.to(input.device, input.dtype)

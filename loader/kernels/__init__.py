@@ -3,6 +3,9 @@
 Under torch.compile the product is an operator of its own, ``auraflow_gguf::linear``, which the compiler calls and does
 not look into: so it neither breaks the graph nor depends on the number of rows. A weight that is only dequantized goes
 to the compiler as torch's operations.
+
+The same operator is what a gradient goes through. It keeps the packed weight for the backward pass, and dequantizes it
+there once more: training an adapter takes no memory for dense weights.
 """
 
 from __future__ import annotations
@@ -27,10 +30,7 @@ def packed_linear(
     Returns:
         ``(…, out_features)`` in ``input``'s dtype.
     """
-    if torch.is_grad_enabled() and input.requires_grad:
-        # The backward pass needs the dense weight, as a tensor of its own.
-        return torch.nn.functional.linear(input, quant_type.dequantize(packed, input.dtype), bias)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad):
         return _linear_operator(input, packed, quant_type.name, bias)
     if input.device.type == "cpu":
         return cpu.linear(input, packed, quant_type, bias)
@@ -52,6 +52,37 @@ def _linear_operator(input, packed, quant_type, bias):
 @_linear_operator.register_fake
 def _(input, packed, quant_type, bias):
     return input.new_empty(*input.shape[:-1], packed.shape[0])
+
+
+@torch.library.custom_op(
+    "auraflow_gguf::linear_input_gradient",
+    mutates_args=(),
+    schema="(Tensor gradient, Tensor packed, str quant_type) -> Tensor",
+)
+def _input_gradient_operator(gradient, packed, quant_type):
+    if gradient.device.type == "cpu":
+        return cpu.input_gradient(gradient, packed, QUANT_TYPES[quant_type])
+    return gpu.input_gradient(gradient, packed, QUANT_TYPES[quant_type], reuse_buffer=False)
+
+
+@_input_gradient_operator.register_fake
+def _(gradient, packed, quant_type):
+    kind = QUANT_TYPES[quant_type]
+    return gradient.new_empty(*gradient.shape[:-1], packed.shape[1] // kind.type_size * kind.block_size)
+
+
+def _keep(ctx, inputs, output):
+    # Not by save_for_backward, which refuses what was made in inference mode, as ComfyUI's weights are.
+    _, ctx.packed, ctx.quant_type, _ = inputs
+
+
+def _backward(ctx, gradient):
+    _, _, _, needs_bias = ctx.needs_input_grad
+    to_input = _input_gradient_operator(gradient, ctx.packed, ctx.quant_type)
+    return to_input, None, None, gradient.flatten(0, -2).sum(0) if needs_bias else None
+
+
+_linear_operator.register_autograd(_backward, setup_context=_keep)
 
 
 def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) -> torch.Tensor:

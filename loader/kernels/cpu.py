@@ -66,6 +66,34 @@ def linear(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bia
     return out.view(*input.shape[:-1], rows)
 
 
+def input_gradient(gradient: torch.Tensor, packed: torch.Tensor, quant_type: QuantType) -> torch.Tensor:
+    """``gradient @ dequantize(packed)``, the gradient of `linear`'s input, without a dense copy of the weight.
+
+    Args:
+        gradient: ``(…, out_features)``, any float dtype; of `linear`'s output.
+        packed: ``(out_features, row_bytes) uint8``.
+
+    Returns:
+        ``(…, in_features)`` in ``gradient``'s dtype.
+    """
+    if STORED_DTYPES.get(quant_type.name) == gradient.dtype:
+        return gradient @ packed.view(gradient.dtype)
+    rows, size, nbytes = packed.shape[0], quant_type.block_size, quant_type.type_size
+    blocks = packed.shape[1] // nbytes
+    columns = blocks * size
+    g = gradient.reshape(-1, rows)
+    out = g.new_empty(g.shape[0], columns)
+    dequantize_into = row_dequantizer(quant_type)
+
+    def multiply(start: int, stop: int) -> None:  # some blocks of every row: no two tiles add to the same numbers
+        weights = _tile(rows * (stop - start) * size).view(rows, -1)
+        dequantize_into(packed[:, start * nbytes : stop * nbytes].contiguous(), weights)
+        torch.mm(g, weights.to(g.dtype), out=out[:, start * size : stop * size])
+
+    in_tiles(multiply, blocks, TILE_BYTES // (4 * rows * size))
+    return out.view(*gradient.shape[:-1], columns)
+
+
 def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) -> torch.Tensor:
     """``QuantType.dequantize``, bit by bit the same, on every core.
 

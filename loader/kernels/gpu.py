@@ -62,6 +62,24 @@ def linear(
         return torch.nn.functional.linear(input, weight, bias)
 
 
+def input_gradient(
+    gradient: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, *, reuse_buffer: bool = True
+) -> torch.Tensor:
+    """``gradient @ dequantize(packed)``, the gradient of `linear`'s input.
+
+    Args:
+        gradient: ``(…, out_features)``, float32, float16 or bfloat16; of `linear`'s output.
+        packed: ``(out_features, row_bytes) uint8`` on its device.
+        reuse_buffer: as `linear` takes it.
+
+    Returns:
+        ``(…, in_features)`` in ``gradient``'s dtype.
+    """
+    reuse_buffer = reuse_buffer and not _is_captured(gradient.device)
+    with _current(gradient.device):
+        return gradient @ _dense(packed, quant_type, gradient.dtype, _buffer if reuse_buffer else torch.empty)
+
+
 def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) -> torch.Tensor:
     """``QuantType.dequantize``, bit by bit the same, in one launch where Triton works.
 

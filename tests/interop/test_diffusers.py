@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from auraflow_gguf.loader.diffusers.modules import dense_state_dict
 from auraflow_gguf.loader.diffusers.transformer import load_diffusers_transformer
 from auraflow_gguf.loader.weights.layout import is_packed
 from auraflow_gguf.quantizer.convert import convert
@@ -86,11 +87,7 @@ def test_output_is_that_of_diffusers_own_gguf_loader(gguf_path):
 def test_output_is_that_of_the_dense_weights(gguf_path):
     packed = load_diffusers_transformer(gguf_path, heads=HEADS)
     dense = AuraFlowTransformer2DModel(**{key: value for key, value in CONFIG.items() if key != "_class_name"})
-    weights = {
-        name: (weight.dequantize() if is_packed(weight) else weight).float()
-        for name, weight in packed.state_dict().items()
-    }
-    dense.load_state_dict(weights)
+    dense.load_state_dict(dense_state_dict(packed))
     assert relative_error(forward(packed), forward(dense)) < 1e-6
 
 

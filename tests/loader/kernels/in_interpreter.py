@@ -157,6 +157,7 @@ def test_dense_weights_share_a_buffer_and_grow_it(monkeypatch):
 def _on_a_gpu(monkeypatch):
     """Tensors on the CPU are a GPU's, as the interpreter has them."""
     monkeypatch.setattr(cpu, "linear", gpu.linear)
+    monkeypatch.setattr(cpu, "input_gradient", gpu.input_gradient)
 
 
 @pytest.mark.usefixtures("_on_a_gpu")

@@ -148,12 +148,46 @@ def test_it_serves_inside_and_outside_of_inference_mode(threads):
     outside.mul_(2)  # a tensor like any other
 
 
-def test_a_gradient_reaches_the_input(threads):
-    quant_type = QUANT_TYPES["Q4_K"]
-    packed = quantized_rows("Q4_K")
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("name", [name for name in QUANT_TYPES if name != "F64"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_are_those_of_the_dequantized_weight(threads, name, dtype):
+    quant_type, packed = QUANT_TYPES[name], random_rows(name)
+    bias = torch.randn(ROWS, generator=torch.Generator().manual_seed(2)).to(dtype)
+    outputs = []
+    for product in (packed_linear, lambda x, w, kind, b: torch.nn.functional.linear(x, kind.dequantize(w, x.dtype), b)):
+        x, b = random_input(6).view(2, 3, -1).to(dtype).requires_grad_(), bias.clone().requires_grad_()
+        y = product(x, packed, quant_type, b)
+        (y * torch.linspace(-1, 1, ROWS).to(dtype)).sum().backward()
+        outputs.append((y.detach(), x.grad, b.grad))
+    scale = outputs[1][1].abs().max().item()
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for ours, expected in zip(*outputs, strict=True):
+        assert ours.dtype == expected.dtype == dtype
+        torch.testing.assert_close(ours, expected, rtol=tolerance, atol=tolerance * scale)
+
+
+def test_the_backward_pass_keeps_no_dense_weight():
+    """What is kept from the forward pass is the packed weight itself, also one that was made in inference mode."""
+    with torch.inference_mode():
+        packed = quantized_rows("Q4_K").clone()
+    kept = []
     x = random_input(2).requires_grad_()
-    packed_linear(x, packed, quant_type).sum().backward()
-    torch.testing.assert_close(x.grad, quant_type.dequantize(packed).sum(dim=0).expand(2, -1), rtol=1e-4, atol=1e-4)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        y = packed_linear(x, packed, QUANT_TYPES["Q4_K"])
+    assert kept == []
+    y.sum().backward()
+    dense = QUANT_TYPES["Q4_K"].dequantize(packed)
+    torch.testing.assert_close(x.grad, dense.sum(dim=0).expand(2, -1), rtol=1e-4, atol=1e-4)
+
+
+def test_gradients_under_torch_compile():
+    packed = quantized_rows("Q6_K")
+    x = random_input(5).requires_grad_()
+    compiled = torch.compile(packed_linear, fullgraph=True, backend="aot_eager")
+    compiled(x, packed, QUANT_TYPES["Q6_K"]).pow(2).sum().backward()
+    dense = QUANT_TYPES["Q6_K"].dequantize(packed)
+    torch.testing.assert_close(x.grad, 2 * (x.detach() @ dense.T) @ dense, rtol=1e-4, atol=1e-2)
 
 
 @pytest.mark.usefixtures("small_tiles")
