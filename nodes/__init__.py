@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .calibration import AuraFlowGGUFCalibration
 from .convert import AuraFlowGGUFConvert
 from .folders import register_gguf_folders
 from .importance import AuraFlowGGUFImportance
@@ -35,5 +36,6 @@ class AuraFlowGGUFExtension(ComfyExtension):
             AuraFlowGGUFConvert,
             AuraFlowGGUFSave,
             AuraFlowGGUFImportance,
+            AuraFlowGGUFCalibration,
             AuraFlowGGUFInspect,
         ]

@@ -13,7 +13,7 @@ from ..loader.files.parts import PARTS
 from ..quantizer.recipe import RECIPES
 from .feedback import show_line, shown_progress
 from .folders import MODEL_FOLDER, TEXT_ENCODER_FOLDER, file_names, fingerprint, full_path
-from .importance import NO_FILE, imatrix_input, imatrix_path
+from .sampling import IMATRICES, NO_FILE
 
 _SOURCE_FOLDERS = {  # ComfyUI's keys of what is in each
     "diffusion_models": ("diffusion_models", MODEL_FOLDER),
@@ -75,7 +75,7 @@ class AuraFlowGGUFConvert(io.ComfyNode):
                     ),
                 ),
                 io.Boolean.Input("overwrite", default=False, tooltip="Replace a file of that name."),
-                imatrix_input(tooltip="An importance matrix in output/imatrix.", optional=True),
+                IMATRICES.input("imatrix", tooltip="An importance matrix in output/imatrix.", optional=True),
                 tensor_types_input(),
                 io.Combo.Input(
                     "part",
@@ -117,7 +117,7 @@ class AuraFlowGGUFConvert(io.ComfyNode):
             type,
             overwrite=overwrite,
             tensor_types=rules(tensor_types),
-            imatrix=imatrix_path(imatrix),
+            imatrix=IMATRICES.path(imatrix),
             part=part,
             tokenizer=_tokenizer() if part == "text_encoder" else None,
             progress=shown_progress(),

@@ -19,7 +19,7 @@ from ..quantizer.checkpoints import Checkpoint
 from ..quantizer.recipe import recipe_for
 from .convert import rules, tensor_types_input, type_input
 from .feedback import show_line, shown_progress
-from .importance import NO_FILE, imatrix_input, imatrix_path
+from .sampling import IMATRICES, NO_FILE
 
 _PREFIX = "diffusion_model."
 
@@ -102,7 +102,7 @@ class AuraFlowGGUFSave(io.ComfyNode):
                     default="diffusion_models/AuraFlow",
                     tooltip="In the output folder. Load AuraFlow (GGUF) finds files in output/diffusion_models.",
                 ),
-                imatrix_input(tooltip="An importance matrix in output/imatrix.", optional=True),
+                IMATRICES.input("imatrix", tooltip="An importance matrix in output/imatrix.", optional=True),
                 tensor_types_input(),
             ],
             outputs=[io.String.Output("path", tooltip="The file that was made.")],
@@ -116,7 +116,7 @@ class AuraFlowGGUFSave(io.ComfyNode):
     ) -> io.NodeOutput:
         from ..quantizer.convert import convert_checkpoint  # needs libgguf, the other nodes do not
 
-        imatrix_file = imatrix_path(imatrix)
+        imatrix_file = IMATRICES.path(imatrix)
         recipe = recipe_for(type, rules(tensor_types), imatrix=imatrix_file is not None)
         folder, name, counter, _, _ = folder_paths.get_save_image_path(
             filename_prefix, folder_paths.get_output_directory()

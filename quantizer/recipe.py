@@ -13,7 +13,8 @@ The weights of the transformer blocks get the recipe's type. A plain type (`Q4_K
 of them; `F32`, `F16` and `BF16` go to the kept weights too. The K mixtures are chosen by measurement, on a small model
 with trained weights (docs/recipes.md): the MLP and the attention's value and output projections one step higher in `_M`
 and in `Q2_K`; queries and keys, and modulation, a third of AuraFlow's parameters, in the base type. `_L` has the
-attention one step higher than `_M`. `_S` is the plain type. `--tensor-type` overrides any of it; `fit` measures what a checkpoint itself needs.
+attention one step higher than `_M`. `_S` is the plain type. `--tensor-type` overrides any of it; `fit` measures what a
+checkpoint itself needs.
 
 In the text encoder the MLP's down projection (`wo`), the attention's `v` and `o` and the embedding (`shared`), with
 which the residual stream begins, are one step higher in `_M` and in `Q2_K`, two in `_L`: by structure, not by
@@ -145,8 +146,8 @@ def _plain(name: str, file_type: int, type_name: str = "") -> Recipe:
 def _mixture(
     name: str, file_type: int, base: str, *, mlp: str, projections: str, text: str, queries: str = ""
 ) -> Recipe:
-    """A base type, and those of the MLP, of the attention's ``v`` and ``o``, of ``q`` and ``k`` where it is not the base,
-    and of what writes into the text encoder's residual stream."""
+    """A base type, and those of the MLP, of the attention's ``v`` and ``o``, of ``q`` and ``k`` where that is not the
+    base, and of what writes into the text encoder's residual stream."""
     rules = {MLP: mlp, VALUE: projections, OUTPUT: projections, QUERIES: queries or base}
     rules |= dict.fromkeys((TEXT_DOWN, TEXT_VALUE, TEXT_OUTPUT, EMBEDDING), text) | dict.fromkeys(EMBEDDERS, "Q8_0")
     rules |= dict.fromkeys(("*_layers.*", TEXT_LAYERS), base)

@@ -8,15 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from auraflow_gguf import cli
 from auraflow_gguf.devtools.random_models import native_shapes, random_weight
 from auraflow_gguf.loader.files.parts import PARTS
 from auraflow_gguf.loader.files.pile_t5 import PILE_T5_XL
 from auraflow_gguf.quantizer import convert, inspection
 from auraflow_gguf.quantizer.imatrix import ImportanceMatrix, write_imatrix
+from auraflow_gguf.quantizer.quality.calibration import Calibration, write_calibration
 from safetensors.torch import save_file
 
-from .quantizer.small_model import native_weights
+from .quantizer.small_model import TEXT, native_weights
 from .quantizer.test_text_encoder import SIZES as TEXT_SIZES
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,6 +141,26 @@ def test_sensitivity(source, capsys):
     lines = shown.out.splitlines()
     assert lines[1] == "| weights quantized | millions | Q4_K | Q8_0 |"
     assert [line.split("|")[1].strip() for line in lines[3:]][-2:] == ["embedders, output", "all layers"]
+
+
+def test_a_calibration_file_is_what_the_transformer_runs_on(source, capsys):
+    cli.main(["convert", source, "a.gguf", "--type", "Q4_0"])
+    latents, text = torch.randn(4, 4, 8, 8), torch.randn(3, TEXT)
+    calibration = Calibration().adding("", [0.8, 0.6, 0.4, 0.2], latents, {"positive": text, "negative": 0 * text})
+    write_calibration("b.safetensors", calibration)
+    capsys.readouterr()
+    options = ["--heads", "4", "--json", "--calibration", "b.safetensors"]
+    assert cli.main(["compare", source, "a.gguf", "--forward", *options]) == 0
+    shown = capsys.readouterr()
+    assert "runs on the part that is held back of b.safetensors" in shown.err
+    forward = json.loads(shown.out)["forward"]
+    assert {round(float(timestep), 3) for timestep in forward} == {0.6, 0.2}
+    assert all(0 < error < 1 for error in forward.values())
+    assert cli.main(["sensitivity", source, "--type", "Q4_0", *options]) == 0
+    shown = capsys.readouterr()
+    assert "runs on the part to choose by of b.safetensors" in shown.err
+    assert cli.main(["sensitivity", source, "--type", "Q4_0", "--heads", "4", "--calibration", "none"]) == 1
+    assert "none: found no such file, expected a calibration file" in capsys.readouterr().err
 
 
 def test_fit(source, capsys):

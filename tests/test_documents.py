@@ -13,16 +13,18 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import torch
 from auraflow_gguf import cli
 from auraflow_gguf.devtools.arguments import PARSERS, TIERS
 from auraflow_gguf.devtools.random_models import full_size
 from auraflow_gguf.loader.files.auraflow import AURAFLOW
 from auraflow_gguf.loader.files.parts import PARTS
+from auraflow_gguf.quantizer.quality.calibration import Calibration, write_calibration
 from safetensors.torch import save_file
 
 import dev
 
-from .quantizer.small_model import native_weights
+from .quantizer.small_model import TEXT, native_weights
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -89,12 +91,16 @@ def test_a_command_of_the_command_line(command, tmp_path, monkeypatch, capsys):
     Path("workflow.json").write_text(json.dumps(prompt))
     arguments = shlex.split(command)[2:]
     for name in ("TARGET.gguf", "FILE.gguf"):
-        if name in arguments and arguments[0] != "convert":
+        if name in arguments and arguments[0] not in ("convert", "fit"):
             assert cli.main(["convert", "SOURCE.safetensors", name, "--type", "Q4_K_M"]) == 0
     arguments = [f"{name}.safetensors" if name in ("SOURCE", "MODEL", "A", "B") else name for name in arguments]
     if arguments[0] == "sensitivity":
         arguments += ["--size", "8", "--tokens", "4"]
         arguments += [] if "--heads" in arguments else ["--heads", "4"]
+    if arguments[0] == "fit":
+        calibration = Calibration().adding("", [0.9, 0.1], torch.randn(2, 4, 8, 8), {"positive": torch.randn(4, TEXT)})
+        write_calibration("FILE", calibration)
+        arguments += ["--heads", "4", "--quick", "--type", "Q4_K"]
     assert cli.main(arguments) == 0
     assert capsys.readouterr().out
 

@@ -75,8 +75,8 @@ class Calibration(Source):
 
     @property
     def about(self) -> str:
-        part = {None: "all", False: "the part to choose by", True: "the part that is held back"}[self.part]
-        return f"{self.name}, {part}: {len(list(self._kept()))} evaluations"
+        part = {None: "all of", False: "the part to choose by of", True: "the part that is held back of"}[self.part]
+        return f"{part} {self.name}"
 
     def _kept(self) -> Iterator[tuple[Picture, int, str]]:
         for picture in self.pictures:

@@ -145,12 +145,12 @@ def fit(
         source,
         target.parent,
         {
-            "inputs": choosing.source.about,
             "inputs_sha256": [part.source.fingerprint() for part in (choosing, held_back)],
             "imatrix_sha256": hashlib.sha256(Path(imatrix).read_bytes()).hexdigest() if imatrix is not None else None,
             "dtype": str(inputs.dtype),
             "heads": heads,
         },
+        {"inputs": choosing.source.about},
     )
     with as_gguf(source) as mapped:
         measure(subject, mapped, choosing, kept, say, progress)

@@ -75,7 +75,7 @@ class Noise(Source):
 
     @property
     def about(self) -> str:
-        return "noise in place of latents and texts: with --calibration the figures would be of what it really sees"
+        return "noise in place of latents and texts, for want of a calibration file"
 
     def evaluations(self, text_width: int) -> list[Evaluation]:
         generator = torch.Generator().manual_seed(self.seed)
@@ -105,7 +105,7 @@ class Fewer(Source):
 
     @property
     def about(self) -> str:
-        return f"at most {self.count} of {self.source.about}"
+        return f"{self.source.about}, {self.count} evaluations at most"
 
     def evaluations(self, text_width: int) -> list[Evaluation]:
         every = self.source.evaluations(text_width)

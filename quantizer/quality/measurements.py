@@ -58,7 +58,11 @@ class Measurements:
 
 
 def kept_measurements(
-    checkpoint: Checkpoint, source: str | os.PathLike, folder: Path, depends_on: Mapping[str, object]
+    checkpoint: Checkpoint,
+    source: str | os.PathLike,
+    folder: Path,
+    depends_on: Mapping[str, object],
+    about: Mapping[str, object] | None = None,
 ) -> Measurements:
     """The measurements in ``folder`` that were made of a checkpoint under the same conditions, or none yet.
 
@@ -67,6 +71,7 @@ def kept_measurements(
         source: whose name the file gets.
         folder: the target's.
         depends_on: what the numbers depend on besides the checkpoint's bytes; JSON.
+        about: what else is said of them there, such as names.
 
     Raises:
         ModelFileError: the file there is damaged.
@@ -74,7 +79,7 @@ def kept_measurements(
     depends = {"version": VERSION, "checkpoint": content_fingerprint(checkpoint.files), **depends_on}
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
     path = folder / f"{model_name(source)}.{key[:8]}.fit.json"
-    about = {"source": os.path.basename(source), **depends_on}
+    about = {"source": os.path.basename(source), **(about or {}), **depends_on}
     if not path.exists():
         return Measurements(path, key, about)
     try:

@@ -7,19 +7,26 @@ from dataclasses import replace
 import comfy.model_management
 import comfy.sd
 import folder_paths
+import gguf
 import pytest
 import torch
 from auraflow_gguf.devtools import random_models
 from auraflow_gguf.loader.comfyui.model import load_model
+from auraflow_gguf.loader.diffusers.transformer import load_diffusers_transformer
 from auraflow_gguf.loader.files.errors import ModelFileError
 from auraflow_gguf.loader.files.gguf_file import open_gguf
 from auraflow_gguf.loader.files.parts import PARTS
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.nodes import AuraFlowGGUFExtension
+from auraflow_gguf.nodes.calibration import AuraFlowGGUFCalibration
 from auraflow_gguf.nodes.convert import AuraFlowGGUFConvert
-from auraflow_gguf.nodes.importance import AuraFlowGGUFImportance, imatrix_path
+from auraflow_gguf.nodes.importance import AuraFlowGGUFImportance
+from auraflow_gguf.nodes.sampling import IMATRICES
 from auraflow_gguf.nodes.save import AuraFlowGGUFSave, ModelCheckpoint
 from auraflow_gguf.quantizer.imatrix import ImportanceMatrix, read_imatrix
+from auraflow_gguf.quantizer.quality.calibration import read_calibration
+from auraflow_gguf.quantizer.quality.evaluation import Inputs
+from auraflow_gguf.quantizer.quality.fit import Wanted, fit
 from auraflow_gguf.quantizer.quantize import quantize
 from comfy.text_encoders.aura_t5 import AuraT5Tokenizer
 from safetensors.torch import load_file
@@ -168,7 +175,7 @@ def test_importance_files_in_subfolders_are_listed(output):
     name = os.path.join("pony", "v7_00001_.gguf")
     (continue_from,) = (i for i in AuraFlowGGUFImportance.define_schema().inputs if i.id == "continue_from")
     assert continue_from.options == ["none", name]
-    assert imatrix_path(name) == str(path)
+    assert IMATRICES.path(name) == str(path)
 
 
 def test_a_checkpoint_is_converted(models):
@@ -300,12 +307,85 @@ def test_importance_is_collected_while_sampling(packed, path, output):
         save(packed, "IQ2_XS", imatrix="../x_00002_.gguf")
 
 
+def test_what_the_transformer_gets_is_collected_while_sampling(packed, output):
+    latent = {"samples": torch.zeros(1, 4, 16, 14)}
+    generator = torch.Generator().manual_seed(0)
+    positive, negative = ([[torch.randn(1, 24, 2048, generator=generator), {}]] for _ in range(2))
+
+    def collect(seed, **options):
+        return AuraFlowGGUFCalibration.execute(
+            packed,
+            seed=seed,
+            steps=6,
+            cfg=3.5,
+            sampler_name="euler",
+            scheduler="simple",
+            positive=positive,
+            negative=negative,
+            latent_image=latent,
+            filename_prefix="x",
+            **options,
+        ).args[0]["samples"]
+
+    seen = []
+    handle = packed.model.diffusion_model.register_forward_pre_hook(
+        lambda _, args, options: seen.append((args[0], args[1], options["context"])), with_kwargs=True
+    )
+    first = collect(5)
+    handle.remove()
+    assert first.shape == (1, 4, 16, 14)
+    assert os.listdir(output / "calibration") == ["x_00001_.safetensors"]
+    assert not any(module._forward_pre_hooks for module in packed.model.modules())
+    calibration = read_calibration(output / "calibration" / "x_00001_.safetensors")
+    (picture,) = calibration.pictures
+    assert picture.made == "6 steps of euler, simple, CFG 3.5, seed 5"
+    timesteps = [float(timestep[0]) for _, timestep, _ in seen]
+    assert len(picture.timesteps) == 4
+    for timestep, kept in zip(picture.timesteps, picture.latents, strict=True):
+        latents = seen[timesteps.index(timestep)][0]
+        assert torch.equal(kept, latents[0].to(kept.dtype))
+    for side, conditioning in (("positive", positive), ("negative", negative)):
+        assert torch.equal(picture.texts[side], conditioning[0][0][0].to(torch.bfloat16))
+    assert len(calibration.held_back().evaluations(2048)) == len(calibration.choosing().evaluations(2048)) == 4
+
+    assert torch.equal(collect(5, continue_from="x_00001_.safetensors"), first)
+    added = read_calibration(output / "calibration" / "x_00002_.safetensors")
+    assert [held_back for picture in added.pictures for held_back in picture.held_back] == [False] * 4 + [True] * 4
+    with pytest.raises(ModelFileError, match="no file of that name in output/calibration"):
+        collect(5, continue_from="../x_00001_.safetensors")
+
+
+def test_a_file_is_fitted_to_a_size_by_what_was_collected(packed, path, output):
+    """From collecting to a picture, and in diffusers and gguf-py."""
+    text = [[torch.randn(1, 8, 2048, generator=torch.Generator().manual_seed(0)), {}]]
+    settings = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
+    latent = {"samples": torch.zeros(1, 4, 8, 8)}
+    AuraFlowGGUFCalibration.execute(
+        packed, **settings, positive=text, negative=text, latent_image=latent, filename_prefix="x"
+    )
+    inputs = Inputs(read_calibration(output / "calibration" / "x_00001_.safetensors"))
+    target = output / "fitted.gguf"
+    with torch.inference_mode(False):
+        made = fit(path, target, Wanted(bits=4.8, types=("Q3_K", "Q4_K", "Q5_K")), inputs, measured=("Q3_K",))
+        theirs = load_diffusers_transformer(target)
+        assert torch.isfinite(inputs.outputs(theirs)[0]).all()
+    assert target.stat().st_size == made.size <= 4.8 * made.weights / 8
+    assert len(set(made.types.values())) > 2
+    metadata = open_gguf(target).metadata
+    assert metadata["aura.attention.head_count"] == 12
+    assert metadata["quantize.fit.inputs"].startswith("the part to choose by of x_00001_.safetensors")
+    assert len(gguf.GGUFReader(target).tensors) == len(open_gguf(target).tensors)
+    error = relative_error(sample(load_model(target, torch.float32), **QUICK), sample(packed, **QUICK))
+    assert 0 < error < 0.5
+
+
 def test_all_nodes_have_a_schema(models, output):
     nodes = asyncio.run(AuraFlowGGUFExtension().get_node_list())
     assert {node.define_schema().node_id for node in nodes} >= {
         "AuraFlowGGUFConvert",
         "AuraFlowGGUFSave",
         "AuraFlowGGUFImportance",
+        "AuraFlowGGUFCalibration",
     }
     for node in nodes:
         node.GET_SCHEMA()
