@@ -44,6 +44,7 @@ def main() -> dict[str, object]:
     sampling["latent_image"] = {"samples": torch.zeros(1, 4, 8, 8)}
     (sampled,) = run("KSampler", denoise=1.0, **sampling)
     (collected,) = run("AuraFlowGGUFImportance", filename_prefix="library", **sampling)
+    (calibrated,) = run("AuraFlowGGUFCalibration", filename_prefix="library", **sampling)
     (saved,) = run("AuraFlowGGUFSave", model=model, type="Q4_0", filename_prefix="diffusion_models/library")
     (converted,) = run("AuraFlowGGUFConvert", source="diffusion_models/model.gguf", type="Q4_0", output_name="made")
     (report,) = run("AuraFlowGGUFInspect", model_name="model.gguf")
@@ -56,6 +57,7 @@ def main() -> dict[str, object]:
         "progress hook": comfy.utils.PROGRESS_BAR_HOOK is not None,
         "sampled": sampled["samples"].flatten().tolist(),
         "collected": collected["samples"].flatten().tolist(),
+        "calibrated": calibrated["samples"].flatten().tolist(),
         "files": [saved, converted],
         "report": report,
         "conditioning": list(clip.encode_from_tokens_scheduled(tokens)[0][0].shape),

@@ -52,7 +52,7 @@ def test_every_node_works_where_there_is_no_server(host, base):
     )
     assert ran.returncode == 0, ran.stderr
     result = json.loads(ran.stdout.splitlines()[-1])
-    assert len(result["ours"]) == 7
+    assert len(result["ours"]) == 8
     assert set(result["ours"]) <= set(result["executed"])
     assert (result["server"], result["progress hook"]) == (False, False)
 
@@ -61,7 +61,7 @@ def test_every_node_works_where_there_is_no_server(host, base):
     conditioning = [[torch.randn(1, 6, 2048, generator=torch.Generator().manual_seed(1)), {}]]
     latent = {"samples": torch.zeros(1, 4, 8, 8)}
     (expected,) = common_ksampler(model, 1, 1, 3.5, "euler", "simple", conditioning, conditioning, latent)
-    for name in ("sampled", "collected"):
+    for name in ("sampled", "collected", "calibrated"):
         assert relative_error(torch.tensor(result[name]).view(1, 4, 8, 8), expected["samples"]) < 1e-5, name
     for path in result["files"]:
         assert open_gguf(path).tensors["single_layers.0.attn.w1q.weight"].type.name == "Q4_0"
