@@ -1,5 +1,5 @@
-"""Every command and table of README.md and docs/ is tried: those of docs/api.md, the messages and the demo by
-tests/host, the script of docs/diffusers.md by tests/interop."""
+"""Every command and table of README.md and docs/ is tried; what `OF_OTHER_TESTS` has, the messages and the demo by
+tests/host and tests/interop."""
 
 from __future__ import annotations
 
@@ -30,15 +30,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 IN_PROSE = [*PAGES, ROOT / "SECURITY.md", ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml"]
 NEEDS_NETWORK = ("git clone", "pip install")  # and change the Python that runs this
-SERVER_PAGE = "api.md"
-DIFFUSERS_PAGE = "diffusers.md"
+OF_OTHER_TESTS = ("api.md", "library.md", "diffusers.md")  # whose blocks of code those execute
 
 
 def commands() -> list[str]:
     """All lines of all blocks of code, those of a quoted script as one, and what stands in the text as `python …`."""
     found = []
     for page in PAGES:
-        if page.name in (SERVER_PAGE, DIFFUSERS_PAGE):
+        if page.name in OF_OTHER_TESTS:
             continue
         for block in re.findall(r"^```\w*\n(.*?)^```", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE):
             whole = re.split(r"\n(?=python |git |pip )", block.strip())

@@ -23,6 +23,7 @@ from auraflow_gguf.devtools.server import (
     set_inputs,
     set_text_encoder,
 )
+from auraflow_gguf.devtools.small_workflows import unpad_texts
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -44,6 +45,7 @@ def quick(workflow: Workflow, seed: int) -> Workflow:
     """The workflow made small. Another seed than that of a prompt before has the sampler work again."""
     set_inputs(workflow, "EmptyLatentImage", width=128, height=128)
     set_inputs(workflow, "KSampler", steps=1, sampler_name="euler", seed=seed)
+    unpad_texts(workflow)
     return workflow
 
 

@@ -10,7 +10,7 @@ import pytest
 from auraflow_gguf.loader.kernels import native
 from auraflow_gguf.loader.kernels.native import build
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 NEEDS_COMPILER = pytest.mark.skipif(build._compiler() is None, reason="no C compiler here")
 FUNCTIONS = {"dequantize.c": "dequantize_q6_k", "quantize.c": "quantize_q4_k"}
 CACHE = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
