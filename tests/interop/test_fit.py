@@ -12,6 +12,7 @@ from auraflow_gguf.loader.diffusers.transformer import load_diffusers_transforme
 from auraflow_gguf.loader.files.errors import ModelFileError
 from auraflow_gguf.loader.files.gguf_file import open_gguf
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
+from auraflow_gguf.loader.weights.layout import pack
 from auraflow_gguf.quantizer.checkpoints import open_checkpoint
 from auraflow_gguf.quantizer.convert import convert
 from auraflow_gguf.quantizer.imatrix import ImportanceMatrix, write_imatrix
@@ -146,7 +147,9 @@ def test_outputs_from_a_layer_on_are_those_of_the_whole(folder):
         for number, block in enumerate(blocks):
             block.register_forward_hook(lambda *_, number=number: ran.append(number))
         last = blocks[-1].ff.linear_1
-        original, changed = last.weight, torch.nn.Parameter(-last.weight.dequantize(), requires_grad=False)
+        original, shape = last.weight, tuple(last.weight.shape)
+        negative = (-original.dequantize()).bfloat16().view(torch.uint8)
+        changed = pack(negative, "BF16", shape, torch.float32)
         for layer in range(resumed.layers + 1):
             resumed.start_at(layer)
             ran.clear()
