@@ -355,6 +355,7 @@ def test_what_the_transformer_gets_is_collected_while_sampling(packed, output):
         collect(5, continue_from="../x_00001_.safetensors")
 
 
+@pytest.mark.host_independent
 def test_a_file_is_fitted_to_a_size_by_what_was_collected(packed, path, output):
     """From collecting to a picture, and in diffusers and gguf-py."""
     text = [[torch.randn(1, 8, 2048, generator=torch.Generator().manual_seed(0)), {}]]
@@ -366,10 +367,10 @@ def test_a_file_is_fitted_to_a_size_by_what_was_collected(packed, path, output):
     inputs = Inputs(read_calibration(output / "calibration" / "x_00001_.safetensors"))
     target = output / "fitted.gguf"
     with torch.inference_mode(False):
-        made = fit(path, target, Wanted(bits=4.8, types=("Q3_K", "Q4_K", "Q5_K")), inputs, measured=("Q3_K",))
+        made = fit(path, target, Wanted(bits=5.6, types=("Q4_K", "Q5_K", "Q8_0")), inputs, measured=("Q4_K",))
         theirs = load_diffusers_transformer(target)
         assert torch.isfinite(inputs.outputs(theirs)[0]).all()
-    assert target.stat().st_size == made.size <= 4.8 * made.weights / 8
+    assert target.stat().st_size == made.size <= 5.6 * made.weights / 8
     assert len(set(made.types.values())) > 2
     metadata = open_gguf(target).metadata
     assert metadata["aura.attention.head_count"] == 12
