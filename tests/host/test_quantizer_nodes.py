@@ -24,9 +24,10 @@ from auraflow_gguf.nodes.importance import AuraFlowGGUFImportance
 from auraflow_gguf.nodes.sampling import IMATRICES
 from auraflow_gguf.nodes.save import AuraFlowGGUFSave, ModelCheckpoint
 from auraflow_gguf.quantizer.imatrix import ImportanceMatrix, read_imatrix
+from auraflow_gguf.quantizer.quality import fit as fit_module
 from auraflow_gguf.quantizer.quality.calibration import read_calibration
 from auraflow_gguf.quantizer.quality.evaluation import Inputs
-from auraflow_gguf.quantizer.quality.fit import Wanted, fit
+from auraflow_gguf.quantizer.quality.fit import Wanted
 from auraflow_gguf.quantizer.quantize import quantize
 from comfy.text_encoders.aura_t5 import AuraT5Tokenizer
 from safetensors.torch import load_file
@@ -356,8 +357,9 @@ def test_what_the_transformer_gets_is_collected_while_sampling(packed, output):
 
 
 @pytest.mark.host_independent
-def test_a_file_is_fitted_to_a_size_by_what_was_collected(packed, path, output):
-    """From collecting to a picture, and in diffusers and gguf-py."""
+def test_a_file_is_fitted_to_a_size_by_what_was_collected(packed, path, output, monkeypatch):
+    """From collecting to a picture, and in diffusers and gguf-py; in types that are quick to make, beside no recipes."""
+    monkeypatch.setattr(fit_module, "NEAREST", 0)
     text = [[torch.randn(1, 8, 2048, generator=torch.Generator().manual_seed(0)), {}]]
     settings = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
     latent = {"samples": torch.zeros(1, 4, 8, 8)}
@@ -367,7 +369,9 @@ def test_a_file_is_fitted_to_a_size_by_what_was_collected(packed, path, output):
     inputs = Inputs(read_calibration(output / "calibration" / "x_00001_.safetensors"))
     target = output / "fitted.gguf"
     with torch.inference_mode(False):
-        made = fit(path, target, Wanted(bits=5.6, types=("Q4_K", "Q5_K", "Q8_0")), inputs, measured=("Q4_K",))
+        made = fit_module.fit(
+            path, target, Wanted(bits=5.6, types=("Q4_K", "Q5_K", "Q8_0")), inputs, measured=("Q4_K",)
+        )
         theirs = load_diffusers_transformer(target)
         assert torch.isfinite(inputs.outputs(theirs)[0]).all()
     assert target.stat().st_size == made.size <= 5.6 * made.weights / 8
