@@ -358,7 +358,7 @@ def test_what_the_transformer_gets_is_collected_while_sampling(packed, output):
 
 @pytest.mark.host_independent
 def test_a_file_is_fitted_to_a_size_by_what_was_collected(packed, path, output, monkeypatch):
-    """From collecting to a picture, and in diffusers and gguf-py; in types that are quickly packed, beside no recipe."""
+    """From collecting to a picture, and in diffusers and gguf-py; in types that are quickly packed, with no recipe."""
     monkeypatch.setattr(fit_module, "NEAREST", 0)
     text = [[torch.randn(1, 8, 2048, generator=torch.Generator().manual_seed(0)), {}]]
     settings = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
