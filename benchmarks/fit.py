@@ -39,7 +39,7 @@ FORMER = {
     "Q4_K_M": ("Q4_K", "Q5_K", "Q5_K"),
     "Q5_K_M": ("Q5_K", "Q6_K", "Q6_K"),
 }
-PICTURED = ("Q2_K", "Q3_K_M", "Q4_K_M")
+PICTURED, PICTURES = ("Q2_K", "Q3_K_M", "Q4_K_M"), 3  # sizes, and how many prompts
 STEPS, CFG = 24, 2.0
 PROMPTS = (
     ("circle", "red", "black"),
@@ -220,7 +220,7 @@ class _Prompts:
 def _sampled(path: Path, prompts: _Prompts, inputs: Inputs) -> list[torch.Tensor]:
     """The pictures ``(height, width, 3) uint8`` that a file makes of the first prompts."""
     with transformer(path, inputs) as model:
-        latents = [prompts.sample(model, inputs, number)[1][-1] for number in range(len(PROMPTS))]
+        latents = [prompts.sample(model, inputs, number)[1][-1] for number in range(PICTURES)]
     return [((latent[:3] + 1) * 127.5).clamp(0, 255).round().byte().permute(1, 2, 0) for latent in latents]
 
 
