@@ -143,9 +143,9 @@ def test_requantizing_copies_what_has_the_type_already_and_warns_of_the_rest(sou
     first = contents(converted(source, "Q3_K_M"))
     assert "quantized already" not in caplog.text
     convert(tmp_path / "Q3_K_M.gguf", tmp_path / "s.gguf", "Q3_K_S", fixed=FIXED)
-    assert "Q3_K_M.gguf is quantized already (Q4_K)" in caplog.text
+    assert "Q3_K_M.gguf is quantized already (Q4_K, Q8_0)" in caplog.text
     second = contents(open_gguf(tmp_path / "s.gguf"))
-    name = "single_layers.0.mlp.c_fc1.weight"  # Q3_K of Q3_K would be other bytes
+    name = "single_layers.0.attn.w1q.weight"  # Q3_K of Q3_K would be other bytes
     assert second[name] == first[name]
     name = "single_layers.0.mlp.c_proj.weight"
     dequantized = QUANT_TYPES["Q4_K"].dequantize(
