@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 from auraflow_gguf.devtools import locales, templates
-from auraflow_gguf.devtools.browser import Editor
+from auraflow_gguf.devtools.browser import TIMEOUT_MS, Editor
 from auraflow_gguf.devtools.random_models import cached_auraflow, cached_checkpoint, cached_text_encoder
 from auraflow_gguf.devtools.server import ROOT, Server, Workflow, load_workflow
 from auraflow_gguf.devtools.small_workflows import small
@@ -184,7 +184,8 @@ def test_a_picture_is_made(editor: Editor) -> None:
         """() => {
             const node = app.graph.nodes.find((node) => node.type === "SaveImage");
             return node.imgs?.[0]?.naturalWidth === 128;
-        }"""
+        }""",
+        timeout=5 * TIMEOUT_MS,  # the text encoder is of full size
     )
     assert editor.page.evaluate("() => window.seen") == [[1, 2], [2, 2]]
 
