@@ -13,13 +13,11 @@ try:
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError("AuraFlow of diffusers is needed: pip install diffusers", name="diffusers") from error
 
-from ..files.auraflow import AURAFLOW
+from ..files.auraflow import AURAFLOW, HEAD_COUNT_KEY
 from ..files.errors import ModelFileError
 from ..weights.state_dict import open_checked, state_dict, swap_row_halves
 from .modules import fill
 from .saving import save_dense
-
-HEADS_KEY = f"{AURAFLOW.name}.attention.head_count"
 
 
 def load_diffusers_transformer(
@@ -70,12 +68,12 @@ def _empty(config: Mapping[str, int]) -> AuraFlowTransformer2DModel:
 
 
 def _heads(path: str | os.PathLike, hidden: int, metadata: Mapping[str, object]) -> int:
-    said = metadata.get(HEADS_KEY)
+    said = metadata.get(HEAD_COUNT_KEY)
     if isinstance(said, int) and said > 0 and hidden % said == 0:
         return said
     if said is None and hidden == AURAFLOW.fixed["embedding_length"]:
         return AURAFLOW.fixed["head_count"]
-    what = "nothing that says the number of heads" if said is None else f"{HEADS_KEY} = {said!r}"
+    what = "nothing that says the number of heads" if said is None else f"{HEAD_COUNT_KEY} = {said!r}"
     raise ModelFileError(
         path,
         found=f"a hidden size of {hidden}, and {what}",

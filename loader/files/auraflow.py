@@ -93,3 +93,6 @@ AURAFLOW = Architecture(
         "positional_encoding_length": ("positional_encoding_length",),
     },
 )
+
+HEAD_COUNT_KEY = f"{AURAFLOW.name}.attention.head_count"
+"""The annotation that says what no tensor's shape tells."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from ...loader.files.auraflow import AURAFLOW
+from ...loader.files.auraflow import AURAFLOW, HEAD_COUNT_KEY
 from ...loader.files.errors import ModelFileError, shown
 from ..checkpoints import Checkpoint
 
-ANNOTATION = "aura.attention.head_count"
 CONFIG = "config.json"  # of a diffusers folder
 CONFIG_CLASS = "AuraFlowTransformer2DModel"
 
@@ -38,7 +37,7 @@ def head_count(checkpoints: list[Checkpoint], hidden: int, given: int | None = N
         raise ModelFileError(
             path,
             found=f"a hidden size of {hidden}, and nothing that says the number of attention heads",
-            expected=f"{ANNOTATION} in a GGUF file, or {CONFIG} of a diffusers folder beside the file",
+            expected=f"{HEAD_COUNT_KEY} in a GGUF file, or {CONFIG} of a diffusers folder beside the file",
             advice="No tensor's shape tells it: give it with --heads.",
         )
     if len(counts) > 1:
@@ -65,8 +64,8 @@ def said_by(checkpoint: Checkpoint) -> int | None:
     Raises:
         ModelFileError: what they say is no number.
     """
-    if ANNOTATION in checkpoint.metadata:
-        return _number(checkpoint.metadata[ANNOTATION], checkpoint.path, ANNOTATION)
+    if HEAD_COUNT_KEY in checkpoint.metadata:
+        return _number(checkpoint.metadata[HEAD_COUNT_KEY], checkpoint.path, HEAD_COUNT_KEY)
     if checkpoint.path.endswith(".gguf"):
         return None
     config = Path(checkpoint.files[0]).with_name(CONFIG)
