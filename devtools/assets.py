@@ -36,8 +36,13 @@ _HELP = {
         "importance_matrix",
         (("sampling", "positive", "negative", "latent"), ("importance",)),
     ),
+    "AuraFlowGGUFCalibration": (
+        "importance_matrix",
+        (("sampling", "positive", "negative", "latent"), ("importance",)),
+    ),
     "AuraFlowGGUFInspect": ("convert_and_save", (("inspect",),)),
 }
+_IN_PLACE_OF = {"AuraFlowGGUFCalibration": "AuraFlowGGUFImportance"}  # of a node with the same inputs and outputs
 _MARGIN = 24  # around a picture's nodes, in pixels
 THUMBNAIL = (512, 512)  # the template browser's cards are square
 _THUMBNAILS = {  # what of a template's graph can be told apart in a small picture
@@ -135,7 +140,7 @@ def _pictures(editor: Editor, url: str) -> None:
     HELP_PICTURES.mkdir(exist_ok=True)
     for name, (case, columns) in _HELP.items():
         editor.open(url)
-        editor.load(_only(graphs[case], case, columns))
+        editor.load(_with_node(_only(graphs[case], case, columns), name))
         if name == "AuraFlowGGUFInspect":
             _inspect(editor)
         _small(_shot(editor)).save(HELP_PICTURES / f"{name}.png", optimize=True)
@@ -163,6 +168,14 @@ def _only(graph: dict[str, Any], case: str, columns: tuple[templates.Column, ...
             slot["links"] = [link for link in slot["links"] if link in kept]
     templates.place(columns, {order[node["id"] - 1]: node for node in nodes})
     return {**graph, "nodes": nodes, "links": links}
+
+
+def _with_node(graph: dict[str, Any], name: str) -> dict[str, Any]:
+    """A graph with a node that no template has, where it stands for one."""
+    for node in graph["nodes"]:
+        if node["type"] == _IN_PLACE_OF.get(name):
+            node["type"] = node["properties"]["Node name for S&R"] = name
+    return graph
 
 
 def _inspect(editor: Editor) -> None:

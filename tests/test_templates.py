@@ -1,10 +1,11 @@
-"""The editor offers to download what a template names and a person lacks."""
+"""What the templates and help pages show: the editor offers what a person lacks, and no picture stands for another."""
 
 from __future__ import annotations
 
 import json
 
 import pytest
+from auraflow_gguf.devtools import ROOT
 from auraflow_gguf.devtools.templates import EXAMPLES, MODEL, PUBLISHED, TEMPLATES
 
 
@@ -21,3 +22,8 @@ def test_published_files_come_with_their_address(template):
             assert model["directory"] == "diffusion_models"
     loaders = [node for node in graph["nodes"] if node["type"] == "AuraFlowGGUFLoader"]
     assert all(node["properties"]["models"][0]["name"] == MODEL for node in loaders)
+
+
+def test_each_node_s_help_has_a_picture_of_its_own():
+    pictures = sorted((ROOT / "web" / "docs" / "images").glob("*.png"))
+    assert len({picture.read_bytes() for picture in pictures}) == len(pictures) > 5
