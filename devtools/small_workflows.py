@@ -14,8 +14,8 @@ from .server import Server, Workflow, set_text_encoder
 LORA = "my-style.safetensors"
 
 _VALUES = {
-    "EmptyLatentImage": {"width": 128, "height": 128},
-    "ImageScaleToTotalPixels": {"megapixels": 0.02},
+    "EmptyLatentImage": {"width": 64, "height": 64},
+    "ImageScaleToTotalPixels": {"megapixels": 0.01},
     "KSampler": {"steps": 2, "sampler_name": "euler"},
     "AuraFlowGGUFImportance": {"steps": 1, "sampler_name": "euler"},
     # what the file has already, so that all but the LoRA's weight is copied

@@ -183,7 +183,7 @@ def test_a_picture_is_made(editor: Editor) -> None:
     editor.page.wait_for_function(
         """() => {
             const node = app.graph.nodes.find((node) => node.type === "SaveImage");
-            return node.imgs?.[0]?.naturalWidth === 128;
+            return node.imgs?.[0]?.naturalWidth === 64;
         }""",
         timeout=5 * TIMEOUT_MS,  # the text encoder is of full size
     )

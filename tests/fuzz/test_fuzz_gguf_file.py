@@ -1,4 +1,4 @@
-"""The reader against 20,000 broken and valid files: it gives a right result or its own error."""
+"""The reader against 7,000 broken and valid files: it gives a right result or its own error. `dev.py fuzz` has more."""
 
 import pytest
 from auraflow_gguf.loader.files.gguf_file import open_gguf
@@ -8,8 +8,8 @@ from ..loader.files.gguf_bytes import ARRAY, gguf_bytes
 from .gguf_mutator import PART_NAMES, Report, check, fuzz, traced_memory
 from .gguf_structured import descriptions, lies
 
-MUTATED = 18_000
-STRUCTURED = 1_000
+MUTATED = 6_000
+STRUCTURED = 400
 
 
 def test_mutated_files(tmp_path):

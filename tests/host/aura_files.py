@@ -12,12 +12,14 @@ from types import MappingProxyType, SimpleNamespace
 
 import comfy.sd
 import gguf
+import libgguf
+import numpy as np
 import torch
 from auraflow_gguf.devtools import random_models
 from auraflow_gguf.devtools.cache import cache_folder, locked
 from auraflow_gguf.devtools.server import ROOT
 from auraflow_gguf.loader.files.auraflow import AURAFLOW
-from auraflow_gguf.loader.files.gguf_file import open_gguf
+from auraflow_gguf.loader.files.gguf_file import TensorInfo, open_gguf
 from auraflow_gguf.loader.files.pile_t5 import PILE_T5_XL, STACK
 from auraflow_gguf.quantizer.convert import convert
 from auraflow_gguf.quantizer.recipe import recipe_for
@@ -138,16 +140,28 @@ def respell(
 
 
 def dense_state_dict(path: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a natively spelled file, dequantized to float32."""
+    """Every tensor of a natively spelled file, dequantized to float32 by ggml's code."""
     file = open_gguf(path)
     return {
-        name: info.type.dequantize(file.packed(name).view(-1, info.type.row_bytes(info.shape[-1]))).reshape(info.shape)
+        name: torch.from_numpy(_dequantize(file.packed(name).numpy(), info)).reshape(info.shape)
         for name, info in file.tensors.items()
     }
 
 
+def _dequantize(packed: np.ndarray, info: TensorInfo) -> np.ndarray:
+    if info.type.block_size == 1:
+        return info.type.dequantize(torch.from_numpy(packed).view(1, -1)).numpy()
+    return libgguf.dequantize_rows(packed.reshape(-1, info.type.row_bytes(info.shape[-1])), info.type.id)
+
+
+@functools.lru_cache(maxsize=1)
+def dense_twin(path: Path):
+    """The dense twin of a file, loaded by ComfyUI alone; one for all tests, which patch clones of it."""
+    return load_dense(path)
+
+
 def load_dense(path: Path):
-    """The dense twin of a file, loaded by ComfyUI alone."""
+    """The same for a test that changes the weights themselves."""
     return comfy.sd.load_diffusion_model_state_dict(dense_state_dict(path), model_options={"dtype": torch.float32})
 
 

@@ -85,6 +85,12 @@ def patched(patcher, kind, strength=1.0, names=tuple(LINEARS)):
     return clone
 
 
+def outputs(patcher, names=tuple(LINEARS)) -> dict[str, torch.Tensor]:
+    """What linears give for fixed inputs; the patcher's weights must be loaded."""
+    modules = {name: patcher.model.diffusion_model.get_submodule(name) for name in names}
+    return {name: module(noise(5, module.in_features)) for name, module in modules.items()}
+
+
 def lora_hooks(kind, strengths=(1.0,), names=tuple(LINEARS)):
     """What Create Hook LoRA makes, with a keyframe for each strength, spread over the steps."""
     hooks = comfy.hooks.create_hook_lora(state_of(kind, names), 1.0, 0.0)

@@ -13,7 +13,7 @@ from auraflow_gguf.nodes.save import ModelCheckpoint
 from comfy.model_patcher import ModelPatcher
 from safetensors.torch import save_file
 
-from .aura_files import load_dense, make_gguf
+from .aura_files import dense_twin, make_gguf
 from .forward import forward, loaded
 from .sampling import relative_error
 
@@ -78,11 +78,14 @@ def write(path, shapes, spell, modules=MODULES):
 @pytest.fixture(scope="module")
 def expected(shapes):
     """The dense model with the LoRA merged by hand."""
-    dense = load_dense(make_gguf("Q4_0"))
-    state = dense.model.diffusion_model.state_dict()
-    for name in MODULES:
-        up, down = factors(shapes, name)
-        state[f"{name}.weight"] += up @ down
+    pairs = {name: factors(shapes, name) for name in MODULES}
+    return forward_with({name: up @ down for name, (up, down) in pairs.items()})
+
+
+def forward_with(changes: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the dense model gives with these sums onto its weights."""
+    dense = dense_twin(make_gguf("Q4_0")).clone()
+    dense.add_patches({f"diffusion_model.{name}.weight": (change,) for name, change in changes.items()})
     with loaded(dense, "full"):
         return forward(dense)
 
@@ -164,14 +167,11 @@ def fused_factors() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 @pytest.fixture(scope="module")
 def fused_expected(fused_factors):
     """The dense model with the fused LoRA merged by hand."""
-    dense = load_dense(make_gguf("Q4_0"))
-    state = dense.model.diffusion_model.state_dict()
+    changes = {}
     for name, keys in FUSED.items():
         up, down = fused_factors[name]
-        for key, rows in zip(keys, up.split(3072), strict=True):
-            state[f"{key}.weight"] += rows @ down
-    with loaded(dense, "full"):
-        return forward(dense)
+        changes |= {key: rows @ down for key, rows in zip(keys, up.split(3072), strict=True)}
+    return forward_with(changes)
 
 
 @pytest.mark.parametrize(

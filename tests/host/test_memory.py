@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(
     reason="reads /proc/self, which Linux alone has, and the counters of glibc 2.33",
 )
 
-CYCLES = 20
+CYCLES = 8
 MAX_BYTES = 20_000  # that a cycle may leave
 MAX_OBJECTS = 100
 

@@ -10,15 +10,15 @@ from auraflow_gguf.loader.comfyui.model import load_model
 from auraflow_gguf.loader.comfyui.patcher import GGUFModelPatcher, WeightPatches
 from auraflow_gguf.loader.weights.layout import is_packed
 
-from .aura_files import load_dense, make_gguf
+from .aura_files import dense_twin, make_gguf
 from .forward import CPU, MODES, forward, loaded
-from .patches import IN_EVERY_HOST, KINDS, LINEARS, diff, dora, loha, lora, lora_alpha, noise, patched
+from .patches import IN_EVERY_HOST, KINDS, LINEARS, diff, dora, loha, lora, lora_alpha, noise, outputs, patched
 from .sampling import QUICK, relative_error, sample
 
 
 @pytest.fixture(scope="module")
 def path():
-    return make_gguf("Q2_K", "final_linear=Q2_K", "cond_seq_linear=Q2_K")
+    return make_gguf("Q4_0")
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +28,7 @@ def packed(path):
 
 @pytest.fixture(scope="module")
 def dense(path):
-    return load_dense(path)
-
-
-def outputs(patcher) -> dict[str, torch.Tensor]:
-    """What the patched linears give for fixed inputs; the patcher's weights must be loaded."""
-    modules = {name: patcher.model.diffusion_model.get_submodule(name) for name in LINEARS}
-    return {name: module(noise(5, module.in_features)) for name, module in modules.items()}
+    return dense_twin(path)
 
 
 def assert_equal_to(actual: dict, expected: dict, *, but_not_to: dict | None = None, mode: str) -> None:
@@ -52,7 +46,7 @@ def base(packed):
 
 @pytest.mark.parametrize(
     ("strength", "modes"),
-    [(1.0, MODES), pytest.param(-0.6, ["full", "half"], marks=pytest.mark.host_independent)],
+    [(1.0, MODES), pytest.param(-0.6, ["full"], marks=pytest.mark.host_independent)],
     ids=["1", "-0.6"],
 )
 @pytest.mark.parametrize(
@@ -123,18 +117,32 @@ def test_weights_stay_packed_but_for_those_that_memory_allows_to_keep_patched(pa
             else:
                 assert not with_diff.weight_function
                 assert not is_packed(with_diff.weight)
-                dense = with_diff.weight.nbytes * (1 - 84 / (256 * 4))  # Q2_K has 84 bytes for 256 weights
-                assert model.loaded_size() == packed.model_size() + with_lora.low_rank.nbytes + dense
+                dense = with_diff.weight.nbytes * (1 - 18 / (32 * 4))  # Q4_0 has 18 bytes for 32 weights
+                factors = with_lora.low_rank.nbytes + inner.final_linear.low_rank.nbytes
+                assert model.loaded_size() == packed.model_size() + factors + dense
     assert is_packed(with_diff.weight)
     for module in packed.model.modules():
         assert getattr(module, "low_rank", None) is None
         assert not getattr(module, "weight_function", None)
-    assert not is_packed(packed.model.diffusion_model.final_linear.weight)  # 15 KB
+
+
+@pytest.mark.parametrize("kind", [lora, dora, diff], ids=lambda kind: kind.__name__)
+def test_patches_on_a_weight_so_small_that_it_is_loaded_dense(kind):
+    packed = load_model(make_gguf("Q2_K", "final_linear=Q2_K"))
+    linear, names = packed.model.diffusion_model.final_linear, ("final_linear",)
+    assert not is_packed(linear.weight)  # 15 KB
+    model = patched(packed, kind, names=names)
+    key = "diffusion_model.final_linear.weight"
+    changed = comfy.lora.calculate_weight(model.patches[key], linear.weight.detach().clone(), key)
+    expected = {names[0]: noise(5, linear.in_features) @ changed.T}
+    for mode in MODES:
+        with loaded(model, mode):
+            assert_equal_to(outputs(model, names), expected, mode=mode)
 
 
 def test_factors_count_in_what_a_full_load_may_take(packed):
     model = patched(packed, functools.partial(lora, rank=2048))
-    factors = sum(2048 * sum(shape) * 4 for name, shape in LINEARS.items() if name != "final_linear")
+    factors = sum(2048 * sum(shape) * 4 for shape in LINEARS.values())
     try:
         model.partially_load(CPU, extra_memory=model.model_size() + 1)
         assert model.model.model_lowvram

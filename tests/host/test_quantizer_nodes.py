@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import shutil
 from dataclasses import replace
 
 import comfy.model_management
@@ -34,7 +35,7 @@ from safetensors.torch import load_file
 
 from .aura_files import (
     TEXT_SIZES,
-    load_dense,
+    dense_twin,
     make_gguf,
     make_text_encoder_checkpoint,
     make_text_encoder_gguf,
@@ -102,7 +103,7 @@ def test_a_model_with_a_lora_gives_its_picture_from_the_file(packed, path, outpu
 
 
 def test_a_dense_model_with_a_lora_is_quantized(path, output):
-    dense = load_dense(path)
+    dense = dense_twin(path)
     model = patched(dense, lora)
     expected = sample(model, **QUICK)
     saved = load_model(save(model, "Q8_0"), torch.float32)
@@ -130,41 +131,46 @@ def test_patches_are_those_of_the_model_whatever_is_loaded(packed):
 
 @pytest.fixture(scope="module")
 def quantized_by_comfyui(path):
-    """The same weights in ComfyUI's own fp8, as its MODEL; and the fp8 numbers, dense."""
-    state, dense = {}, {}
-    for name, weight in load_dense(path).model.diffusion_model.state_dict().items():
+    """The same weights in ComfyUI's own fp8, as its MODEL; the fp8 numbers by name, dense; and their shapes."""
+    state = {}
+    weights = dense_twin(path).model.diffusion_model.state_dict()
+    for name, weight in weights.items():
         if "_layers." in name:
             layer = name.removesuffix(".weight")
             scale = weight.abs().max() / 448
             state[name] = (weight / scale).to(torch.float8_e4m3fn)
             state[f"{layer}.weight_scale"] = scale.reshape(())
             state[f"{layer}.comfy_quant"] = torch.tensor(list(b'{"format": "float8_e4m3fn"}'), dtype=torch.uint8)
-            weight = state[name].float() * scale
         state.setdefault(name, weight)
-        dense[name] = weight
-    return comfy.sd.load_diffusion_model_state_dict(state), dense
+
+    def dense(name: str) -> torch.Tensor:
+        weight, scale = state[name], state.get(f"{name}_scale")
+        return weight if scale is None else weight.float() * scale
+
+    shapes = {name: weight.shape for name, weight in weights.items()}
+    return comfy.sd.load_diffusion_model_state_dict(state.copy()), dense, shapes
 
 
 def test_a_model_that_comfyui_has_quantized_is_saved(quantized_by_comfyui, output):
-    model, dense = quantized_by_comfyui
+    model, dense, shapes = quantized_by_comfyui
     with_lora = patched(model, lora, names=["double_layers.0.attn.w2k"])
     for saved, changed in ((model, False), (with_lora, True)):
         checkpoint = ModelCheckpoint(saved)
-        assert checkpoint.shapes.keys() == {f"diffusion_model.{name}" for name in dense}
+        assert checkpoint.shapes.keys() == {f"diffusion_model.{name}" for name in shapes}
         for name in ("double_layers.0.attn.w2k.weight", "single_layers.0.mlp.c_fc1.weight", "init_x_linear.weight"):
-            error = relative_error(checkpoint.read(f"diffusion_model.{name}").float(), dense[name])
+            error = relative_error(checkpoint.read(f"diffusion_model.{name}").float(), dense(name))
             assert (error > 1e-2) == (changed and "w2k" in name)
     target = save(model, "Q8_0")
     weight = load_model(target, torch.float32).model.diffusion_model.single_layers[0].attn.w1q.weight
-    assert relative_error(weight.dequantize().float(), dense["single_layers.0.attn.w1q.weight"]) < 1e-2
+    assert relative_error(weight.dequantize().float(), dense("single_layers.0.attn.w1q.weight")) < 1e-2
 
 
 def test_importance_of_a_model_that_comfyui_has_quantized(quantized_by_comfyui):
-    model, dense = quantized_by_comfyui
+    model, _, shapes = quantized_by_comfyui
     matrix = ImportanceMatrix()
     with matrix.collecting(model.model.diffusion_model):
         sample(model, **QUICK | {"steps": 1})
-    linears = {name for name, weight in dense.items() if name.endswith(".weight") and weight.dim() == 2}
+    linears = {name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2}
     assert matrix.sums.keys() == linears
 
 
@@ -195,10 +201,9 @@ def test_a_checkpoint_is_converted(models):
 
 @pytest.mark.host_independent
 def test_a_gguf_file_is_a_source_by_the_folder_it_is_in(models, tmp_path, monkeypatch):
-    packed = AuraFlowGGUFConvert.execute(f"diffusion_models/{CHECKPOINT}", "Q8_0").args[0]
     elsewhere = tmp_path / "of another pack"
     elsewhere.mkdir()
-    os.replace(packed, elsewhere / "packed.gguf")
+    shutil.copy(make_gguf("Q8_0"), elsewhere / "packed.gguf")
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "unet_gguf", ([str(models), str(elsewhere)], {".gguf"}))
     folder_paths.filename_list_cache.clear()
     options = AuraFlowGGUFConvert.define_schema().inputs[0].options
@@ -296,7 +301,7 @@ def test_importance_is_collected_while_sampling(packed, path, output):
         assert added.counts[name] == 2 * matrix.counts[name]
         torch.testing.assert_close(added.sums[name], 2 * sums)
 
-    dense = load_dense(path)
+    dense = dense_twin(path)
     collect(dense)
     twin = read_imatrix(output / "imatrix" / "x_00003_.gguf")
     for name in weights:
@@ -309,9 +314,9 @@ def test_importance_is_collected_while_sampling(packed, path, output):
 
 
 def test_what_the_transformer_gets_is_collected_while_sampling(packed, output):
-    latent = {"samples": torch.zeros(1, 4, 16, 14)}
+    latent = {"samples": torch.zeros(1, 4, 8, 6)}
     generator = torch.Generator().manual_seed(0)
-    positive, negative = ([[torch.randn(1, 24, 2048, generator=generator), {}]] for _ in range(2))
+    positive, negative = ([[torch.randn(1, 6, 2048, generator=generator), {}]] for _ in range(2))
 
     def collect(seed, **options):
         return AuraFlowGGUFCalibration.execute(
@@ -334,7 +339,7 @@ def test_what_the_transformer_gets_is_collected_while_sampling(packed, output):
     )
     first = collect(5)
     handle.remove()
-    assert first.shape == (1, 4, 16, 14)
+    assert first.shape == (1, 4, 8, 6)
     assert os.listdir(output / "calibration") == ["x_00001_.safetensors"]
     assert not any(module._forward_pre_hooks for module in packed.model.modules())
     calibration = read_calibration(output / "calibration" / "x_00001_.safetensors")

@@ -8,7 +8,7 @@ from auraflow_gguf.loader.weights.layout import is_packed
 from .aura_files import load_dense, make_gguf, respell
 from .sampling import QUICK, relative_error, sample
 
-TYPES = ["Q8_0", "BF16", "Q4_K", "Q5_1", "IQ4_XS"]
+TYPES = ["Q8_0", "BF16", "Q4_K"]  # all others: tests/interop/test_diffusers_door.py
 IN_EVERY_HOST = TYPES[:2]  # of one packed type, and of one that may be dense
 
 
@@ -18,7 +18,7 @@ IN_EVERY_HOST = TYPES[:2]  # of one packed type, and of one that may be dense
 )
 def test_latents_equal_those_of_the_dense_weights(tmp_path, type_name):
     path = make_gguf(type_name)
-    settings = {} if type_name == TYPES[0] else QUICK
+    settings = {"steps": 3, "size": 8, "tokens": 6} if type_name == TYPES[0] else QUICK
     expected = sample(load_dense(path), **settings)
     assert expected.isfinite().all()
     assert expected.std() > 0.1

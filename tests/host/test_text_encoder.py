@@ -75,14 +75,15 @@ def test_the_conditioning_is_that_of_the_dense_twin(type_name, lengths, modes):
 def test_a_full_size_encoder():
     """Of 24 layers, as users have it, beside ComfyUI's own loading of the same weights."""
     path = random_models.cached_text_encoder()
-    prompt = "a lighthouse on a cliff at dawn, oil painting"
     clip = load_text_encoder(path)
-    actual = clip.encode(prompt)
-    assert clip.encode("a lighthouse").shape == (1, 256, 2048)
+    (batch,) = clip.tokenize("a lighthouse on a cliff at dawn, oil painting")["pile_t5xl"]
+    assert len(batch) == 256
+    tokens = tokens_of(clip, 20)
+    actual = clip.encode_from_tokens(tokens)
     weights = {PILE_T5_XL.spell(name, "native"): weight for name, weight in dense_state_dict(path).items()}
     twin = comfy.sd.load_text_encoder_state_dicts([weights], model_options={"dtype": torch.float32})
     del weights
-    assert relative_error(actual, twin.encode(prompt)) < 1e-5
+    assert relative_error(actual, twin.encode_from_tokens(tokens)) < 1e-5
 
 
 @pytest.mark.host_independent

@@ -126,7 +126,7 @@ def test_the_workflow_runs(server, template, info):
         return
     (path,) = pictures
     with Image.open(path) as image:
-        assert image.size == ((144, 144) if template.case == "image_to_image" else (128, 128))
+        assert image.size == ((96, 96) if template.case == "image_to_image" else (64, 64))
         assert len(image.getcolors(1 << 16)) > 100
     if template.case == "importance_matrix":
         assert (server.output / "imatrix" / "AuraFlow_00001_.gguf").is_file()
@@ -153,7 +153,7 @@ def test_the_api_document_is_true(server, tmp_path):
         ran = subprocess.run(command, cwd=tmp_path, env=_environment(), capture_output=True, text=True)
         assert ran.returncode == 0, f"{code}\n{ran.stdout}\n{ran.stderr}"
     with Image.open(tmp_path / "picture.png") as image:
-        assert image.size == (128, 128)
+        assert image.size == (64, 64)
 
 
 def _environment() -> dict[str, str]:

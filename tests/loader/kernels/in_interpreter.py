@@ -58,8 +58,9 @@ def small_weights(name, rows, blocks, seed=0):
     return torch.from_numpy(packed).view(rows, -1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (7, 33)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((3, 5), torch.float16), ((3, 5), torch.bfloat16), ((7, 33), torch.float32)], ids=str
+)
 @pytest.mark.parametrize("name", NAMES)
 def test_dequantized_bits(name, shape, dtype):
     packed = torch.from_numpy(random_blocks(name, shape[0] * shape[1], seed=shape[0]))

@@ -25,23 +25,43 @@ def folder(tmp_path, monkeypatch):
     native._library.cache_clear()
 
 
+@pytest.fixture(scope="module")
+def printed(tmp_path_factory) -> list[Path]:
+    """What the command says that it has compiled, in a folder of caches of its own."""
+    ran = compile_in(tmp_path_factory.mktemp("caches"))
+    assert ran.returncode == 0, ran.stderr
+    return [Path(line) for line in ran.stdout.split()]
+
+
+@pytest.fixture
+def compiled(printed, monkeypatch) -> list[Path]:
+    """The same, and this process looks for its libraries there."""
+    monkeypatch.setenv(CACHE, str(printed[0].parents[2]))
+    return printed
+
+
+def compile_in(caches: Path, **variables: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "cli.py"), "compile"]
+    environment = os.environ | {CACHE: str(caches)} | variables
+    return subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+
+
 def test_nothing_is_there_before(folder):
     assert all(native.function(source, name) is None for source, name in FUNCTIONS.items())
     assert not folder.exists()
 
 
 @NEEDS_COMPILER
-def test_it_compiles_once(folder):
-    paths = build.build()
-    assert sorted(folder.iterdir()) == sorted(paths)
-    compiled_at = [path.stat().st_mtime_ns for path in paths]
+def test_it_compiles_once(compiled):
+    assert sorted(compiled[0].parent.iterdir()) == sorted(compiled)
+    compiled_at = [path.stat().st_mtime_ns for path in compiled]
     assert [path.stat().st_mtime_ns for path in build.build()] == compiled_at
     assert all(native.function(source, name) for source, name in FUNCTIONS.items())
 
 
 @NEEDS_COMPILER
+@pytest.mark.usefixtures("compiled")
 def test_a_block_is_dequantized():
-    build.build()
     block = bytes([0, 0x3C, 0, 0x40]) + (1 << 31 | 1).to_bytes(4, "little") + bytes([0x21] * 16)  # d 1, m 2
     packed, out = ctypes.create_string_buffer(block, 24), (ctypes.c_float * 32)()
     native.function("dequantize.c", "dequantize_q5_1")(ctypes.addressof(packed), ctypes.addressof(out), 1)
@@ -61,8 +81,10 @@ def test_another_source_or_processor_has_another_library(tmp_path, monkeypatch):
 
 
 @NEEDS_COMPILER
+@pytest.mark.usefixtures("compiled")
 def test_the_environment_can_do_without(monkeypatch):
-    build.build()
+    assert native.function("dequantize.c", "dequantize_q6_k")
+    native._library.cache_clear()
     monkeypatch.setenv("AURAFLOW_GGUF_NATIVE", "0")
     assert native.function("dequantize.c", "dequantize_q6_k") is None
 
@@ -100,12 +122,8 @@ def test_a_folder_that_cannot_be_made(tmp_path):
 
 
 @NEEDS_COMPILER
-def test_the_command(tmp_path):
-    command = [sys.executable, str(ROOT / "cli.py"), "compile"]
-    environment = os.environ | {CACHE: str(tmp_path)}
-    printed = subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout.split()
-    assert [Path(path).exists() for path in printed] == [True, True]
-    environment |= {"PATH": "", "CC": "", CACHE: str(tmp_path / "another")}
-    failed = subprocess.run(command, check=False, capture_output=True, text=True, env=environment)
+def test_the_command(printed, tmp_path):
+    assert [path.exists() for path in printed] == [True, True]
+    failed = compile_in(tmp_path, PATH="", CC="")
     assert failed.returncode == 1
     assert "auraflow-gguf: There is no C compiler here." in failed.stderr
