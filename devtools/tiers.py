@@ -71,7 +71,6 @@ class Job:
         tier, ran_on: as in `Result`.
         modules: arguments of ``python -m``, one run after the other.
         variables: added to the environment.
-        alone: whether nothing else may run at the same time.
         may_be_empty: whether it is fine when no test is selected.
         share: see `SHARES`.
     """
@@ -80,7 +79,6 @@ class Job:
     ran_on: str
     modules: list[list[str]]
     variables: dict[str, str] = field(default_factory=dict)
-    alone: bool = False
     may_be_empty: bool = False
     share: float = 0
 
@@ -121,19 +119,16 @@ class Plan:
         except browser.BrowserError as error:
             yield LeftOut("browser", str(error))
             return
-        # A page that waits for a core looks like one that does not answer.
-        yield from self._in_every_host("browser", ["tests/browser"], f" with {chromium}", alone=True)
+        yield from self._in_every_host("browser", ["tests/browser"], f" with {chromium}")
 
-    def _in_every_host(
-        self, tier: str, paths: list[str], also: str = "", alone: bool = False
-    ) -> Iterator[Job | LeftOut]:
+    def _in_every_host(self, tier: str, paths: list[str], also: str = "") -> Iterator[Job | LeftOut]:
         for host in self.hosts:
             ran_on = f"ComfyUI {host.version} in {host.path}{also}"
             older = host != newest(self.hosts)
             selected = ["-m", f"not {NEWEST_HOST_ONLY}"] if older else []
             job = self._pytest(tier, ran_on, [*paths, *selected])
             share = job.share / 2 if older else job.share
-            yield replace(job, variables={"COMFYUI_PATH": str(host.path)}, alone=alone, share=share)
+            yield replace(job, variables={"COMFYUI_PATH": str(host.path)}, share=share)
         if not self.hosts:
             yield LeftOut(tier, "no ComfyUI was found and none could be cloned; COMFYUI_PATH names one")
 
@@ -144,7 +139,7 @@ class Plan:
 
 
 # About what share of a whole run a tier takes: the longest begins first, so that none is left over at the end.
-SHARES = {"host": 6, "unit": 5, "browser": 3, "server": 2, "interop": 1, "lint": 0}
+SHARES = {"host": 6, "unit": 5, "server": 3.5, "browser": 3, "interop": 2, "lint": 0}
 
 
 def main(options: argparse.Namespace, hosts: list[Host]) -> int:
@@ -180,19 +175,16 @@ _printing = threading.Lock()
 
 
 def _run_all(planned: list[Job | LeftOut], at_once: int) -> list[Result | LeftOut]:
-    """Runs the jobs, ``at_once`` of them at a time, those that want to be alone at the end; results as planned."""
+    """Runs the jobs, ``at_once`` of them at a time; results as planned."""
     jobs = sorted((job for job in planned if isinstance(job, Job)), key=lambda job: job.share, reverse=True)
-    together = [job for job in jobs if not job.alone] if at_once > 1 else []
-    results: dict[int, Result] = {}
-    if len(together) > 1:
-        print(f"{at_once} of these at a time: {', '.join(job.tier for job in together)}", flush=True)
+    if at_once == 1 or len(jobs) < 2:
+        results = {id(job): _run(job) for job in jobs}
+    else:
+        print(f"{at_once} of these at a time: {', '.join(job.tier for job in jobs)}", flush=True)
         threads = max(1, (os.cpu_count() or 1) // at_once)
         with ThreadPoolExecutor(at_once) as pool:
-            runs = [(job, pool.submit(_run, job, threads)) for job in together]
+            runs = [(job, pool.submit(_run, job, threads)) for job in jobs]
         results = {id(job): run.result() for job, run in runs}
-    for job in jobs:
-        if id(job) not in results:
-            results[id(job)] = _run(job)
     return [results[id(entry)] if isinstance(entry, Job) else entry for entry in planned]
 
 
