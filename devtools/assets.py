@@ -36,6 +36,11 @@ _HELP = {
         "importance_matrix",
         (("sampling", "positive", "negative", "latent"), ("importance",)),
     ),
+    "AuraFlowGGUFCalibration": (
+        "fit_to_a_size",
+        (("sampling", "positive", "negative", "latent"), ("calibration",)),
+    ),
+    "AuraFlowGGUFFit": ("fit_to_a_size", (("loader",), ("fit",))),
     "AuraFlowGGUFInspect": ("convert_and_save", (("inspect",),)),
 }
 _MARGIN = 24  # around a picture's nodes, in pixels
@@ -46,6 +51,7 @@ _THUMBNAILS = {  # what of a template's graph can be told apart in a small pictu
     "image_to_image": (("image", "scale"), ("encode", "sampler")),
     "convert_and_save": (("convert",), ("inspect",)),
     "importance_matrix": (("positive", "negative", "latent"), ("importance",)),
+    "fit_to_a_size": (("loader", "positive"), ("fit", "calibration")),
 }
 _NAMES = {  # files that the templates name
     "diffusion_models": ("auraflow-v0.3.safetensors",),
