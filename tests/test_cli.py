@@ -196,7 +196,7 @@ def test_fit(source, capsys):
     assert re.fullmatch(r"single_layers\.1( +(Q3_K|Q4_K|Q6_K|BF16) 0\.\d{5}){6}", last)
     assert cli.main(["inspect", "a.gguf", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)["layers"]["names"]) == 4
-    assert cli.main(["fit", source, "a.gguf", "--size", "1KB", "--heads", "4", "--overwrite"]) == 1
+    assert cli.main(["fit", source, "a.gguf", "--size", "1KB", "--heads", "4", "--noise-size", "8", "--overwrite"]) == 1
     assert "expected 0.00" in capsys.readouterr().err
 
 
