@@ -194,16 +194,20 @@ def _convert(options: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
 def _inspect(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from .quantizer.inspection import describe, report
+    from .quantizer.quality.layers import layer_report, layers_of
 
-    description = describe(options.file)
+    description, layers = describe(options.file), layers_of(options.file)
     if options.json:
         entries = dataclasses.asdict(description) | {"memory": description.memory}
+        entries["layers"] = dataclasses.asdict(layers) if layers else None
         for group, entry in zip(description.groups, entries["groups"], strict=True):
             entry["bits_per_weight"] = round(group.bits_per_weight, 4)
         print(json.dumps(entries, indent=2))
         return OK
 
     print(report(description))
+    if layers:
+        print(layer_report(layers))
     return OK
 
 
@@ -277,7 +281,8 @@ def _sensitivity(options: argparse.Namespace, parser: argparse.ArgumentParser) -
 
 def _fit(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from .loader.files.errors import ModelFileError
-    from .quantizer.quality.fit import Wanted, fit
+    from .quantizer.quality.fit import fit
+    from .quantizer.quality.fitted import Wanted
 
     inputs = _inputs(options, parser)
     types = {name: tuple(map(str.upper, getattr(options, name))) for name in ("type", "measure")}
@@ -309,13 +314,7 @@ def _fit(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if options.json:
         print(json.dumps(dataclasses.asdict(made), indent=2))
         return OK
-    print("| file | GB | bits per weight | predicted error | measured error |")
-    print("|---|---|---|---|---|")
-    for row in (*made.recipes, made):
-        name = getattr(row, "name", Path(options.target).name)
-        predicted = "" if row.predicted is None else f"{row.predicted:.5f}"
-        bits = 8 * row.size / made.weights
-        print(f"| {name} | {row.size / 1e9:.3f} | {bits:.2f} | {predicted} | {row.measured:.5f} |")
+    print(made.table(Path(options.target).name))
     return OK
 
 

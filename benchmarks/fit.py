@@ -28,7 +28,8 @@ from ..quantizer.imatrix import ImportanceMatrix
 from ..quantizer.quality.calibration import Calibration, read_calibration, write_calibration
 from ..quantizer.quality.choice import Candidate, choose, squared_errors
 from ..quantizer.quality.evaluation import Inputs, as_gguf, mean_square, transformer
-from ..quantizer.quality.fit import EVALUATIONS, Wanted, fit
+from ..quantizer.quality.fit import EVALUATIONS, fit
+from ..quantizer.quality.fitted import Wanted
 from ..quantizer.quality.inputs import Fewer, Noise
 from ..quantizer.quality.measuring import MEASURED, Subject
 
@@ -173,12 +174,13 @@ def kind_rules(subject: Subject, kept: Mapping, size: int) -> list[str]:
 def table(rows: list[dict]) -> str:
     """The rows as Markdown."""
     lines = [
-        "| at the size of | bits a weight | former recipe | recipe now (size) | one type a kind, chosen | fitted |",
+        "| at the size of the former | bits a weight | former recipe | recipe now | one type a kind, chosen "
+        "| each group for itself: `fit` |",
         "|---|---|---|---|---|---|",
     ]
     for row in rows:
         error, nbytes = row["error"], row["bytes"]
-        now = f"{error['now']:.4f} ({nbytes['now'] / nbytes['former']:.2f})"
+        now = f"{error['now']:.4f} ({nbytes['now'] / nbytes['former']:.2f} ×)"
         cells = (f"{error['former']:.4f}", now, f"{error['kinds']:.4f}", f"**{error['fitted']:.4f}**")
         lines.append(f"| `{row['recipe']}` | {row['bits']:.2f} | {' | '.join(cells)} |")
     return "\n".join(lines)

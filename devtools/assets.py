@@ -37,12 +37,12 @@ _HELP = {
         (("sampling", "positive", "negative", "latent"), ("importance",)),
     ),
     "AuraFlowGGUFCalibration": (
-        "importance_matrix",
-        (("sampling", "positive", "negative", "latent"), ("importance",)),
+        "fit_to_a_size",
+        (("sampling", "positive", "negative", "latent"), ("calibration",)),
     ),
+    "AuraFlowGGUFFit": ("fit_to_a_size", (("loader",), ("fit",))),
     "AuraFlowGGUFInspect": ("convert_and_save", (("inspect",),)),
 }
-_IN_PLACE_OF = {"AuraFlowGGUFCalibration": "AuraFlowGGUFImportance"}  # of a node with the same inputs and outputs
 _MARGIN = 24  # around a picture's nodes, in pixels
 THUMBNAIL = (512, 512)  # the template browser's cards are square
 _THUMBNAILS = {  # what of a template's graph can be told apart in a small picture
@@ -51,6 +51,7 @@ _THUMBNAILS = {  # what of a template's graph can be told apart in a small pictu
     "image_to_image": (("image", "scale"), ("encode", "sampler")),
     "convert_and_save": (("convert",), ("inspect",)),
     "importance_matrix": (("positive", "negative", "latent"), ("importance",)),
+    "fit_to_a_size": (("loader", "positive"), ("fit", "calibration")),
 }
 _NAMES = {  # files that the templates name
     "diffusion_models": ("auraflow-v0.3.safetensors",),
@@ -140,7 +141,7 @@ def _pictures(editor: Editor, url: str) -> None:
     HELP_PICTURES.mkdir(exist_ok=True)
     for name, (case, columns) in _HELP.items():
         editor.open(url)
-        editor.load(_with_node(_only(graphs[case], case, columns), name))
+        editor.load(_only(graphs[case], case, columns))
         if name == "AuraFlowGGUFInspect":
             _inspect(editor)
         _small(_shot(editor)).save(HELP_PICTURES / f"{name}.png", optimize=True)
@@ -168,14 +169,6 @@ def _only(graph: dict[str, Any], case: str, columns: tuple[templates.Column, ...
             slot["links"] = [link for link in slot["links"] if link in kept]
     templates.place(columns, {order[node["id"] - 1]: node for node in nodes})
     return {**graph, "nodes": nodes, "links": links}
-
-
-def _with_node(graph: dict[str, Any], name: str) -> dict[str, Any]:
-    """A graph with a node that no template has, where it stands for one."""
-    for node in graph["nodes"]:
-        if node["type"] == _IN_PLACE_OF.get(name):
-            node["type"] = node["properties"]["Node name for S&R"] = name
-    return graph
 
 
 def _inspect(editor: Editor) -> None:

@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import MappingProxyType
 from typing import Literal
 
 import gguf
@@ -22,6 +23,9 @@ from ..loader.files.matching import Match, annotations, match
 from ..loader.files.pile_t5 import HEAD_SIZE, PILE_T5_XL, STACK
 from ..loader.quant_types.base import QuantType
 from ..quantizer.convert import CHUNK, convert
+from ..quantizer.quality.groups import group_weights
+from ..quantizer.quality.layers import ERRORS_KEY as FIT_ERRORS
+from ..quantizer.quality.layers import GROUPS_KEY as FIT_GROUPS
 from ..quantizer.quantize import quantize
 from ..quantizer.recipe import Recipe, recipe_for
 from ..quantizer.writer import ALIGNMENT, TensorSpec, write_gguf
@@ -281,22 +285,38 @@ def vae_shapes() -> Shapes:
     return shapes
 
 
-def full_size(recipe_name: str) -> tuple[Match, list[TensorSpec]]:
+def full_size(recipe: str | Recipe) -> tuple[Match, list[TensorSpec]]:
     """AuraFlow v0.3 (4 double and 32 single layers) as a recipe would write it: what it is, and its tensors."""
     shapes = auraflow_shapes(double_layers=4, single_layers=32, positional=9216)
-    recipe = recipe_for(recipe_name, imatrix=True)
+    recipe = recipe_for(recipe, imatrix=True) if isinstance(recipe, str) else recipe
     tensors = [TensorSpec(name, shape, recipe.type_of(name, shape, torch.bfloat16)) for name, shape in shapes.items()]
     return match(AURAFLOW, shapes, metadata={}, path="AuraFlow v0.3"), tensors
 
 
-def write_hollow(path: Path, recipe_name: str) -> Path:
+def write_hollow_fit(path: Path) -> Path:
+    """The same as `fit` would write it, with types by chance and errors that fit to them."""
+    groups = group_weights(auraflow_shapes(double_layers=4, single_layers=32))
+    random = np.random.default_rng(0)
+    types = ("Q3_K", "IQ4_XS", "Q4_K", "Q5_K", "Q6_K", "Q8_0")
+    places = random.normal(2.5, 1.2, len(groups)).round().clip(0, len(types) - 1).astype(int)
+    rules = tuple(
+        (name.removesuffix(".weight"), types[place])
+        for group, place in zip(groups, places, strict=True)
+        for name in group.weights
+    )
+    errors = (2.0**-places * random.uniform(0.5, 1, len(groups)) / 500).tolist()
+    extra = {FIT_GROUPS: [group.name for group in groups], FIT_ERRORS: errors}
+    return write_hollow(path, Recipe("fit", 15, rules), extra)
+
+
+def write_hollow(path: Path, recipe: str | Recipe, extra: Mapping[str, list] = MappingProxyType({})) -> Path:
     """Write a GGUF file of AuraFlow v0.3's size with a true header and zeros for weights, in a hole of the file system:
-    it takes no room on most disks, and can be inspected, not run."""
-    found, tensors = full_size(recipe_name)
-    metadata = annotations(found)
+    it takes no room on most disks, and can be inspected, not run. ``extra`` are further metadata."""
+    found, tensors = full_size(recipe)
+    metadata = annotations(found) | extra
     writer = gguf.GGUFWriter(path, str(metadata.pop("general.architecture")))
     writer.add_name("AuraFlow v0.3")
-    writer.add_file_type(recipe_for(recipe_name, imatrix=True).file_type)
+    writer.add_file_type((recipe_for(recipe, imatrix=True) if isinstance(recipe, str) else recipe).file_type)
     for key, value in metadata.items():
         add = {int: writer.add_uint32, str: writer.add_string, list: writer.add_array}[type(value)]
         add(key, value)

@@ -18,6 +18,7 @@ _VALUES = {
     "ImageScaleToTotalPixels": {"megapixels": 0.01},
     "KSampler": {"steps": 2, "sampler_name": "euler"},
     "AuraFlowGGUFImportance": {"steps": 1, "sampler_name": "euler"},
+    "AuraFlowGGUFCalibration": {"steps": 1, "sampler_name": "euler"},
     # what the file has already, so that all but the LoRA's weight is copied
     "AuraFlowGGUFSave": {"type": "Q4_K_M"},
     "AuraFlowLoraLoader": {"lora_name": LORA},
@@ -36,6 +37,7 @@ def small(workflow: Workflow) -> Workflow:
         "AuraFlowGGUFInspect": {"model_name": model},
         "VAELoader": {"vae_name": random_models.cached_vae().name},
     }
+    workflow.pop("fit", None)  # takes minutes in the types that people want; tests/host/test_fit_node.py has others
     for node in workflow.values():
         node["inputs"].update(values.get(node["class_type"], {}))
     if "clip" in workflow:

@@ -239,6 +239,45 @@ TEMPLATES = (
             ("save",),
         ),
     ),
+    Template(
+        "fit_to_a_size",
+        "AuraFlow fit to a size",
+        {
+            "loader": node("UNETLoader", unet_name="auraflow-v0.3.safetensors", weight_dtype="default"),
+            "sampling": _shift("loader"),
+            **_texts(PROMPT),
+            "latent": _empty(),
+            "calibration": node(
+                "AuraFlowGGUFCalibration", **_sampling("latent", filename_prefix="AuraFlow", continue_from="none")
+            ),
+            "vae": _vae(),
+            **_picture("calibration"),
+            "fit": node(
+                "AuraFlowGGUFFit",
+                model=["loader", 0],
+                calibration="none",
+                size=4.0,
+                output_name="",
+                overwrite=False,
+                quick=False,
+                imatrix="none",
+                device="default",
+            ),
+        },
+        "### The best file for a size\n"
+        "1. Bypass **Fit GGUF to a size** (Ctrl+B), and queue the rest with four to eight prompts like those that the "
+        "file is for. After the first, press **R** and choose the newest file in `continue_from`.\n"
+        "2. Press **R**, choose the last file as `calibration`, bypass **Collect Calibration for GGUF** and what "
+        "follows it instead, and queue again. The node says how long it takes; interrupted, it goes on where it "
+        "was.\n\n"
+        "Use the unquantized model here: `models/diffusion_models`. Measuring needs `pip install diffusers`.",
+        (
+            ("loader", "clip", "vae", "note"),
+            ("sampling", "positive", "negative", "latent"),
+            ("calibration", "decode"),
+            ("save", "fit"),
+        ),
+    ),
 )
 
 
@@ -254,11 +293,17 @@ _WIDTH = 350
 _SIZES = {  # of nodes that show more than their widgets
     "SaveImage": (340, 370),
     "LoadImage": (300, 340),
-    "AuraFlowGGUFInspect": (440, 680),
+    "AuraFlowGGUFInspect": (440, 800),
     "CLIPTextEncode": (340, 130),
     "MarkdownNote": (300, 250),
 }
-_SHOWING_A_LINE = ("AuraFlowLoraLoader", "AuraFlowGGUFConvert", "AuraFlowGGUFSave", "AuraFlowGGUFImportance")
+_SHOWING_A_LINE = (
+    "AuraFlowLoraLoader",
+    "AuraFlowGGUFConvert",
+    "AuraFlowGGUFSave",
+    "AuraFlowGGUFImportance",
+    "AuraFlowGGUFFit",
+)
 _TITLES = {"positive": "Positive prompt", "negative": "Negative prompt"}
 
 

@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .calibration import AuraFlowGGUFCalibration
 from .convert import AuraFlowGGUFConvert
+from .fit import AuraFlowGGUFFit
 from .folders import register_gguf_folders
 from .importance import AuraFlowGGUFImportance
 from .inspect import AuraFlowGGUFInspect
@@ -37,5 +38,6 @@ class AuraFlowGGUFExtension(ComfyExtension):
             AuraFlowGGUFSave,
             AuraFlowGGUFImportance,
             AuraFlowGGUFCalibration,
+            AuraFlowGGUFFit,
             AuraFlowGGUFInspect,
         ]

@@ -18,7 +18,7 @@ class AuraFlowGGUFCalibration(io.ComfyNode):
             category="advanced/AuraFlow",
             description=(
                 "Samples like KSampler, and saves in output/calibration what the transformer gets at four steps, "
-                "about 1.5 MB a picture. auraflow-gguf fit, sensitivity and compare measure quantizations with it. Use "
+                "about 1.5 MB a picture. Fit GGUF to a size measures quantizations with it. Use "
                 "four to eight prompts and settings of your own: choose the last file in continue_from to add to it."
             ),
             search_aliases=["calibration", "fit", "sensitivity", "gguf"],

@@ -110,7 +110,7 @@ class AuraFlowGGUFConvert(io.ComfyNode):
 
         path = full_path(*_located(source))
         part = part_in(path) if part == _AUTO else part
-        target = _target(output_name or f"{model_name(path)}-{type}", _TARGET_FOLDERS[part])
+        target = target_path(output_name or f"{model_name(path)}-{type}", _TARGET_FOLDERS[part])
         convert(
             path,
             target,
@@ -146,7 +146,12 @@ def _tokenizer() -> Path:
     return Path(comfy.text_encoders.aura_t5.__file__).with_name("t5_pile_tokenizer") / "tokenizer.model"
 
 
-def _target(name: str, folder: str) -> Path:
+def target_path(name: str, folder: str) -> Path:
+    """Where a file of a name is to be made in a folder of models, by ComfyUI's key of it.
+
+    Raises:
+        ValueError: the name is that of no file in that folder itself.
+    """
     if name != os.path.basename(name) or name in (".", ".."):
         raise ValueError(f"{name} is not a file's name: give one without a folder.")
     name = name if name.lower().endswith(".gguf") else f"{name}.gguf"

@@ -8,6 +8,7 @@ from comfy_api.latest import io
 
 from ..loader.files.errors import ModelFileError
 from ..quantizer.inspection import Description, describe, report, verify
+from ..quantizer.quality.layers import Layers, layer_report, layers_of
 from .feedback import shown_progress
 from .folders import MODEL_FOLDER, TEXT_ENCODER_FOLDER, file_names, fingerprint, full_path
 
@@ -22,8 +23,8 @@ class AuraFlowGGUFInspect(io.ComfyNode):
             display_name="Inspect AuraFlow GGUF",
             category="advanced/AuraFlow",
             description=(
-                "Shows what a GGUF file is: its type by group of weights, bits per weight, size, the memory that it "
-                "takes on the GPU, what it says about itself, and what is wrong with it."
+                "Shows what a GGUF file is: its type by group and by layer, bits per weight, size, the memory "
+                "that it takes on the GPU, what it says about itself, and what is wrong with it."
             ),
             search_aliases=["gguf", "inspect", "model info", "bits per weight", "verify"],
             inputs=[
@@ -53,17 +54,22 @@ class AuraFlowGGUFInspect(io.ComfyNode):
     def execute(cls, model_name: str, check_numbers: bool = False) -> io.NodeOutput:
         path = full_path(*_located(model_name))
         try:
-            description = describe(path)
+            description, layers = describe(path), layers_of(path)
             problems = verify(path, progress=shown_progress()) if check_numbers else []
         except ModelFileError as error:
             # What is wrong with a file is what this node is asked for: it shows it and does not fail.
             panel = {"file": model_name, "refusal": {"found": error.found, "expected": error.expected}}
             panel["refusal"]["advice"] = error.advice
             return io.NodeOutput(str(error), ui={"inspection": [panel]})
-        lines = [report(description)]
+        lines = [report(description)] + ([layer_report(layers)] if layers else [])
         if check_numbers:
             lines += problems or ["No NaN and no infinity in any weight."]
-        panel = {"file": model_name, "checked": check_numbers, "problems": problems, **panel_entries(description)}
+        panel = {
+            "file": model_name,
+            "checked": check_numbers,
+            "problems": problems,
+            **panel_entries(description, layers),
+        }
         return io.NodeOutput("\n".join(lines), ui={"inspection": [panel]})
 
 
@@ -76,8 +82,8 @@ def _located(model_name: str) -> tuple[str, str]:
     return TEXT_ENCODER_FOLDER, name
 
 
-def panel_entries(description: Description) -> dict[str, object]:
-    """A description as JSON values for the panel; sizes in bytes."""
+def panel_entries(description: Description, layers: Layers | None) -> dict[str, object]:
+    """A description, and a transformer's layers, as JSON values for the panel; sizes in bytes."""
     groups = [dataclasses.asdict(group) | {"bits_per_weight": group.bits_per_weight} for group in description.groups]
     return {
         "model": description.model,
@@ -91,4 +97,5 @@ def panel_entries(description: Description) -> dict[str, object]:
         "groups": groups[:-1],
         "total": groups[-1],
         "memory": description.memory,
+        "layers": dataclasses.asdict(layers) if layers else None,
     }

@@ -16,6 +16,7 @@ from ..loader.quant_types.base import QuantType
 from ..loader.weights.layout import is_packed
 from ..loader.weights.state_dict import DENSE_DTYPES
 from ..quantizer.checkpoints import Checkpoint
+from ..quantizer.checkpoints.checkpoint import FLOAT_TYPES
 from ..quantizer.recipe import recipe_for
 from .convert import rules, tensor_types_input, type_input
 from .feedback import show_line, shown_progress
@@ -63,6 +64,14 @@ class ModelCheckpoint(Checkpoint):
     def dtype(self, name: str) -> torch.dtype:
         (weight, _), *_ = self._weights[name]
         return DENSE_DTYPES.get(weight._params.quant_type, torch.float32) if is_packed(weight) else weight.dtype
+
+    def exact_type(self, name: str) -> str:
+        """ggml's type that holds a weight as it is; one that is patched is rounded to the 16 bit that ComfyUI computes
+        with, and in which `fit` keeps weights."""
+        (weight, _), *patches = self._weights[name]
+        if is_packed(weight):
+            return "BF16" if patches else weight._params.quant_type
+        return FLOAT_TYPES.get(weight.dtype, "BF16")
 
     def read(self, name: str) -> torch.Tensor:
         (weight, make_dense), *patches = self._weights[name]

@@ -174,13 +174,7 @@ def convert_checkpoint(
 ) -> None:
     """`convert`, of an opened checkpoint; ``name`` is the model's where its metadata have none, ``extra`` are further
     metadata to write."""
-    if os.path.exists(target) and any(os.path.samefile(file, target) for file in checkpoint.files):
-        raise ModelFileError(
-            target,
-            found="the source of the conversion under this name",
-            expected="another file",
-            advice="Choose another name for the result.",
-        )
+    check_is_no_source(checkpoint, target)
     plan = _plan(checkpoint, recipe, name, imatrix, part, tokenizer, fixed, extra)
     if plan.skipped:
         logger.info("left out: %d tensors of other parts, such as %s", len(plan.skipped), plan.skipped[0])
@@ -201,6 +195,17 @@ def convert_checkpoint(
                 progress(done, total)
 
     write_gguf(target, plan.metadata, list(plan.sources), packed, overwrite=overwrite)
+
+
+def check_is_no_source(checkpoint: Checkpoint, target: str | os.PathLike) -> None:
+    """Refuse to write over a file that is read."""
+    if os.path.exists(target) and any(os.path.samefile(file, target) for file in checkpoint.files):
+        raise ModelFileError(
+            target,
+            found="the source of the conversion under this name",
+            expected="another file",
+            advice="Choose another name for the result.",
+        )
 
 
 def planned_size(

@@ -15,7 +15,6 @@ from __future__ import annotations
 import errno
 import math
 import os
-import secrets
 import shutil
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +24,7 @@ from typing import BinaryIO
 
 from ..loader.files.errors import ModelFileError
 from ..loader.quant_types.base import QuantType
+from .unfinished import open_unfinished
 
 ALIGNMENT = 32
 METADATA_BYTES = 1 << 24  # at the beginning of a file, in which a key is looked for
@@ -73,7 +73,8 @@ def write_gguf(
         ModelFileError: ``target`` exists, its folder does not, or the disk has too little room.
         ValueError: ``data`` yielded more or fewer bytes than the tensor has.
         Whatever ``data`` raises. In every case, Ctrl-C too, the temporary file is removed and ``target`` is as it
-        was. A killed process leaves at most the temporary file, ``<target's name>.<8 hex digits>.partial``.
+        was. A killed process leaves at most the temporary file, see `unfinished`, which the next that makes the same
+        target removes.
     """
     header = _header(metadata, tensors)
     with whole_file(target, file_size(metadata, tensors), overwrite=overwrite) as file:
@@ -104,17 +105,19 @@ def whole_file(target: str | os.PathLike, size: int, *, overwrite: bool = False)
     """
     target = os.path.abspath(target)
     check_target(target, size, overwrite)
-    temporary = f"{target}.{secrets.token_hex(4)}.partial"
+    file = open_unfinished(target)
     try:
-        with open(temporary, "xb") as file:
+        with file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        _refuse_existing(target, overwrite)  # one that another conversion has made meanwhile
-        _replace(temporary, target)
+            if os.name == "nt":
+                file.close()  # Windows renames nothing that is open
+            _refuse_existing(target, overwrite)  # one that another conversion has made meanwhile
+            _replace(file.name, target)
     except BaseException as error:
-        if os.path.exists(temporary):
-            os.unlink(temporary)
+        if os.path.exists(file.name):
+            os.unlink(file.name)
         if isinstance(error, OSError) and error.errno in _NO_ROOM:
             raise ModelFileError(
                 target,

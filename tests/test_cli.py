@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -190,7 +191,12 @@ def test_fit(source, capsys):
     assert cli.main(["convert", source, "b.gguf", "--like", "a.gguf"]) == 0
     assert cli.main(["inspect", "b.gguf"]) == 0
     assert "quantize.like: a.gguf" in capsys.readouterr().out
-    assert cli.main(["fit", source, "a.gguf", "--size", "1KB", "--heads", "4", "--overwrite"]) == 1
+    assert cli.main(["inspect", "a.gguf"]) == 0
+    *_, last, _ = capsys.readouterr().out.splitlines()
+    assert re.fullmatch(r"single_layers\.1( +(Q3_K|Q4_K|Q6_K|BF16) 0\.\d{5}){6}", last)
+    assert cli.main(["inspect", "a.gguf", "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["layers"]["names"]) == 4
+    assert cli.main(["fit", source, "a.gguf", "--size", "1KB", "--heads", "4", "--noise-size", "8", "--overwrite"]) == 1
     assert "expected 0.00" in capsys.readouterr().err
 
 

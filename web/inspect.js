@@ -2,9 +2,10 @@
 // (architecture "aura") or its text encoder ("t5encoder").
 
 import { app } from "../../scripts/app.js";
+import { layerMaps } from "./layers.js";
 
 const NODE = "AuraFlowGGUFInspect";
-const PANEL_SIZE = [440, 600]; // of a new node, in the graph's pixels
+const PANEL_SIZE = [440, 720]; // of a new node, in the graph's pixels
 const GROUP_COLORS = {
   attention: "#4c8dd6",
   MLP: "#3fa37c",
@@ -45,6 +46,13 @@ const STRINGS = {
     sound: "No NaN and no infinity in any weight.",
     problems: "Problems",
     noProblem: "The structure is sound. The numbers were not checked.",
+    byLayer: "Bits by layer",
+    errorByLayer: "Error by layer",
+    error: "error",
+    errorNote: "of the output, by each alone; they add in squares",
+    double: "double",
+    single: "single layers",
+    weightKinds: {},
     groups: {},
     total: "all",
   },
@@ -78,6 +86,13 @@ const STRINGS = {
     sound: "所有权重中都没有 NaN 或无穷大。",
     problems: "问题",
     noProblem: "结构正确，未检查数值。",
+    byLayer: "各层的位数",
+    errorByLayer: "各层的误差",
+    error: "误差",
+    errorNote: "每组单独造成的输出误差，按平方相加",
+    double: "双流",
+    single: "单流层",
+    weightKinds: { modulation: "调制", "MLP in": "MLP 输入", "MLP out": "MLP 输出", others: "其他" },
     groups: {
       attention: "注意力",
       modulation: "调制",
@@ -221,6 +236,7 @@ function description(found, text) {
     ),
     bar(found.groups, found.total.nbytes),
     table(found, text),
+    ...(found.layers ? [layerMaps(found.layers, element, text)] : []),
     memory(found, text),
     about(found, text),
     verdict(found, text),

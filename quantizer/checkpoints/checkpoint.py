@@ -11,6 +11,8 @@ import torch
 
 from ...loader.quant_types.base import QuantType
 
+FLOAT_TYPES = {torch.float64: "F32", torch.float32: "F32", torch.float16: "F16"}
+
 
 class Checkpoint(ABC):
     """Named tensors, read on demand.
@@ -42,6 +44,11 @@ class Checkpoint(ABC):
     def packed(self, name: str) -> tuple[QuantType, torch.Tensor] | None:
         """The type and the rows, ``(rows, row_bytes) uint8``, of a tensor that is packed in blocks; else None."""
         return None
+
+    def exact_type(self, name: str) -> str:
+        """The name of ggml's type that holds a tensor as it is; bfloat16 has all numbers of plain fp8."""
+        stored = self.packed(name)
+        return stored[0].name if stored else FLOAT_TYPES.get(self.dtype(name), "BF16")
 
     def fingerprint(self) -> str:
         """SHA-256, in hex, over the names, shapes and dtypes of all tensors and the text of the metadata."""

@@ -7,12 +7,12 @@ So the whole transformer runs, at several timesteps, and the error is that of it
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import mean
-from tempfile import TemporaryDirectory
+from tempfile import gettempdir
 
 import torch
 
@@ -20,11 +20,10 @@ from ...loader.diffusers.transformer import AuraFlowTransformer2DModel, load_dif
 from ...loader.files.auraflow import AURAFLOW
 from ...loader.files.matching import Match, match
 from ..checkpoints import Checkpoint, open_checkpoint
-from ..convert import convert
+from ..unfinished import unfinished_folder
+from .copying import check_room, copy_as_it_is, copy_size
 from .heads import head_count
 from .inputs import Evaluation, Noise, Source, check_size
-
-FLOAT_TYPES = {torch.float32: "F32", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -35,16 +34,19 @@ class Inputs:
         source: the latents, texts and timesteps.
         device, dtype: what is computed on and in.
         heads: the number of attention heads, where no file says it.
+        check: called before each evaluation, and often in long work between them; what it raises ends the work.
     """
 
     source: Source = field(default_factory=Noise)
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     heads: int | None = None
+    check: Callable[[], None] = lambda: None
 
     @torch.inference_mode()
     def output(self, model: AuraFlowTransformer2DModel, evaluation: Evaluation) -> torch.Tensor:
         """The output ``(1, 4, height, width)`` of one evaluation."""
+        self.check()
         return model(
             evaluation.latent.to(self.device, self.dtype),
             evaluation.text.to(self.device, self.dtype),
@@ -85,24 +87,23 @@ def transformer(path: str | os.PathLike, inputs: Inputs) -> Iterator[AuraFlowTra
 
 @contextmanager
 def as_gguf(path: str | os.PathLike) -> Iterator[Path]:
-    """A checkpoint as a GGUF file, which can be mapped: itself, or a copy as long as the context lasts."""
+    """A checkpoint as a GGUF file, which can be mapped: itself, or a copy in the folder for temporary files as long as
+    the context lasts. What a killed process has left there is removed."""
     if Path(path).suffix.lower() == ".gguf":
         yield Path(path)
         return
-    with TemporaryDirectory() as folder:
-        copy = Path(folder, "model.gguf")
-        convert(path, copy, _float_type(open_checkpoint(path)), fixed={})
-        yield copy
+    checkpoint, folder = open_checkpoint(path), gettempdir()
+    size = copy_size(checkpoint)
+    advice = "Free some space, set TMPDIR to a folder on another disk, or convert it to BF16 and give that file."
+    check_room(
+        folder, {f"a copy of {os.path.basename(checkpoint.path)} as a GGUF file, which can be mapped": size}, advice
+    )
+    with unfinished_folder(Path(folder, "auraflow-gguf")) as unfinished:
+        yield copy_as_it_is(checkpoint, unfinished / "model.gguf")
 
 
 def _match(checkpoint: Checkpoint) -> Match:
     return match(AURAFLOW, checkpoint.shapes, metadata=checkpoint.metadata, path=checkpoint.path, fixed={})
-
-
-def _float_type(checkpoint: Checkpoint) -> str:
-    """The type that holds the checkpoint's weights as they are; bfloat16 has all numbers of plain fp8."""
-    dtypes = {checkpoint.dtype(source.name) for source in _match(checkpoint).weights.values()}
-    return next((name for dtype, name in FLOAT_TYPES.items() if dtype in dtypes), "BF16")
 
 
 def relative_error(output: torch.Tensor, reference: torch.Tensor) -> float:

@@ -12,25 +12,27 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from fnmatch import fnmatchcase
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
 from ...loader.files.auraflow import AURAFLOW
 from ...loader.files.errors import ModelFileError
 from ...loader.quant_types import QUANT_TYPES
-from ..checkpoints import open_checkpoint
-from ..convert import convert_checkpoint, model_name, planned_size
+from ..checkpoints import Checkpoint, open_checkpoint
+from ..checkpoints.gguf import GGUFCheckpoint
+from ..convert import check_is_no_source, convert_checkpoint, model_name, planned_size
 from ..imatrix import ImportanceMatrix, read_imatrix
 from ..recipe import NEEDS_IMATRIX, RECIPES, Recipe, parse_rule
+from ..unfinished import unfinished_folder
 from ..writer import check_target, set_float
 from .choice import Candidate, choose, squared_errors
-from .evaluation import Inputs, as_gguf, mean_square, transformer
+from .copying import check_room, copy_as_it_is, copy_size
+from .evaluation import Inputs, mean_square, transformer
+from .fitted import Beside, Fitted, Wanted
 from .groups import Group
 from .heads import head_count
-from .inputs import Fewer
+from .inputs import Fewer, check_size
 from .measurements import Measurements, kept_measurements
 from .measuring import MEASURED, MEASURED_QUICKLY, WRITTEN, Progress, Subject, measure
 
@@ -40,97 +42,55 @@ NEAREST = 2  # of them that a file is compared with
 FIT = "quantize.fit."  # before the keys of annotations
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a file shall be.
-
-    Attributes:
-        size: its bytes at most; or None, and
-        bits: bits a weight of all of it.
-        types: which may be chosen; () for all. To keep a group in 16 bit may be chosen in any case.
-        at_least, at_most: rules ``PATTERN=TYPE``: a group with a weight that fits gets a type of no fewer, or no more,
-            bits than that one.
-    """
-
-    size: int | None = None
-    bits: float | None = None
-    types: tuple[str, ...] = ()
-    at_least: tuple[str, ...] = ()
-    at_most: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Beside:
-    """A recipe beside a fitted file: its size in bytes, and its errors; None for one that cannot be predicted."""
-
-    name: str
-    size: int
-    predicted: float | None
-    measured: float
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """A file that was made.
-
-    Attributes:
-        size: its bytes.
-        weights: how many it has.
-        types: by group, the type; "" where it is kept in 16 bit.
-        predicted: the root mean square of the output's relative error that the choice was made by.
-        measured: the same as measured of the file, on the inputs that are held back.
-        recipes: those of nearest size, the smaller ones first.
-    """
-
-    size: int
-    weights: int
-    types: dict[str, str]
-    predicted: float
-    measured: float
-    recipes: tuple[Beside, ...]
-
-
 def fit(
-    source: str | os.PathLike,
+    source: str | os.PathLike | Checkpoint,
     target: str | os.PathLike,
     wanted: Wanted,
     inputs: Inputs,
     *,
+    name: str | None = None,
     imatrix: str | os.PathLike | None = None,
     measured: Sequence[str] = (),
     quick: bool = False,
     overwrite: bool = False,
     say: Callable[[str], None] = lambda line: None,
     progress: Progress | None = None,
+    copied: Callable[[], None] = lambda: None,
 ) -> Fitted:
     """Make the GGUF file ``target`` of a checkpoint, with the types that measure best at its size.
 
     Args:
-        source: what `open_checkpoint` takes, at best in 16 or 32 bit; an AuraFlow of any width.
-        target: the file to be made. The measurements are kept in its folder.
+        source: what `open_checkpoint` takes, at best in 16 or 32 bit, or such a checkpoint; an AuraFlow of any width.
+        target: the file to be made. The measurements are kept in its folder; so is, meanwhile, a copy of a source that
+            is no GGUF file.
         wanted: what it shall be.
         inputs: what the transformer is run on; at best in float32, whose rounding is no error of a quantization.
+        name: the model's, if ``source`` has none; by default that of the source's file.
         imatrix: an importance matrix, to measure and to write with.
         measured: the types that groups are measured at; () for `MEASURED`.
         quick: measure at fewer types, and on fewer evaluations.
         overwrite: replace a ``target`` that exists.
         say: is told what is about to be done, and what it costs.
         progress: called with the work of measuring done so far and in all.
+        copied: called when a ``source`` that is no file is needed no longer.
 
     Raises:
         ValueError: ``wanted`` or ``measured`` cannot be used, in a sentence for the user.
         ModelFileError: a file cannot be used, or no choice of types is so small; ``target`` is then as it was.
+        Whatever ``inputs.check`` raises; what was measured until then is kept.
     """
     measured = tuple(measured) or (MEASURED_QUICKLY if quick else MEASURED)
-    for name in measured:
-        if name not in QUANT_TYPES or name not in RECIPES or (name in NEEDS_IMATRIX and imatrix is None):
-            raise ValueError(f"{name} cannot be measured: it is no type that can be written, or needs an imatrix.")
-    unknown = [name for name in wanted.types if name not in WRITTEN]
+    for type_name in measured:
+        needs = type_name in NEEDS_IMATRIX and imatrix is None
+        if type_name not in QUANT_TYPES or type_name not in RECIPES or needs:
+            raise ValueError(f"{type_name} cannot be measured: it is no type that can be written, or needs an imatrix.")
+    unknown = [type_name for type_name in wanted.types if type_name not in WRITTEN]
     if unknown:
         raise ValueError(f"{unknown[0]} is not the type of a tensor. These are: {', '.join(WRITTEN)}.")
     for rule in (*wanted.at_least, *wanted.at_most):
         parse_rule(rule)
-    checkpoint = open_checkpoint(source)
+    checkpoint = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    name = name or model_name(source)
     matrix = read_imatrix(imatrix) if imatrix is not None else ImportanceMatrix()
     subject = Subject.of(checkpoint, matrix, measured, wanted.types or WRITTEN)
     heads = head_count([checkpoint], subject.match.dimensions["embedding_length"], inputs.heads)
@@ -138,33 +98,52 @@ def fit(
     choosing = replace(inputs, source=Fewer(inputs.source.choosing(), count), heads=heads)
     held_back = replace(inputs, source=Fewer(inputs.source.held_back(), EVALUATIONS), heads=heads)
     target = Path(os.path.abspath(target))
-    fitting = _Fitting(source, target, wanted, subject, imatrix, heads)
+    fitting = _Fitting(name, target, wanted, subject, imatrix, heads, inputs.check)
     fitting.check(overwrite, (choosing, held_back))
-    kept = kept_measurements(
-        checkpoint,
-        source,
-        target.parent,
-        {
-            "inputs_sha256": [part.source.fingerprint() for part in (choosing, held_back)],
-            "imatrix_sha256": hashlib.sha256(Path(imatrix).read_bytes()).hexdigest() if imatrix is not None else None,
-            "dtype": str(inputs.dtype),
-            "heads": heads,
-        },
-        {"inputs": choosing.source.about},
-    )
-    with as_gguf(source) as mapped:
-        measure(subject, mapped, choosing, kept, say, progress)
-        return fitting.write(mapped, kept, choosing, held_back, overwrite, say)
+    with unfinished_folder(target) as folder:
+        mapped = Path(checkpoint.path)
+        if not fitting.is_mapped:
+            say(f"Copying the model into a GGUF file of {copy_size(checkpoint) / 1e9:.2f} GB, which can be mapped.")
+            mapped = copy_as_it_is(checkpoint, folder / "copy.gguf", fitting.go_on)
+        if not checkpoint.files:  # a model in memory, of which nothing is needed now but its copy
+            metadata, checkpoint = checkpoint.metadata, open_checkpoint(mapped)
+            checkpoint.metadata = metadata
+            fitting = replace(fitting, subject=Subject.of(checkpoint, matrix, measured, wanted.types or WRITTEN))
+            copied()
+        kept = kept_measurements(
+            checkpoint,
+            name,
+            target.parent,
+            {
+                "inputs_sha256": [part.source.fingerprint() for part in (choosing, held_back)],
+                "imatrix_sha256": hashlib.sha256(Path(imatrix).read_bytes()).hexdigest() if imatrix else None,
+                "dtype": str(inputs.dtype),
+                "heads": heads,
+            },
+            {"inputs": choosing.source.about},
+        )
+        measure(fitting.subject, mapped, choosing, kept, say, progress)
+        return fitting.write(folder, mapped, kept, choosing, held_back, overwrite, say)
 
 
 @dataclass(frozen=True)
 class _Fitting:
-    source: str | os.PathLike
+    name: str
     target: Path
     wanted: Wanted
     subject: Subject
     imatrix: str | os.PathLike | None
     heads: int
+    interrupt: Callable[[], None]
+
+    def go_on(self, *_: int) -> None:
+        """A progress callback that shows nothing."""
+        self.interrupt()
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the transformer can run on the checkpoint's own file."""
+        return isinstance(self.subject.checkpoint, GGUFCheckpoint)
 
     @property
     def fixed(self) -> dict[str, int] | None:
@@ -184,8 +163,6 @@ class _Fitting:
 
     def check(self, overwrite: bool, inputs: Sequence[Inputs]) -> None:
         """Refuse before the work begins what cannot work."""
-        if (self.wanted.size is None) == (self.wanted.bits is None):
-            raise ValueError("Give either a size or bits a weight.")
         if self.target.suffix.lower() != ".gguf":
             raise ModelFileError(
                 self.target,
@@ -193,15 +170,11 @@ class _Fitting:
                 expected="the name of the .gguf file to make",
                 advice="Give the file's name and not a folder's: ComfyUI lists GGUF files by that ending.",
             )
+        dimensions = self.subject.match.dimensions
         for part in inputs:
-            part.source.evaluations(self.subject.match.dimensions["text_embedding_length"])
-        modules = [_module(name) for group in self.subject.groups for name in group.weights]
-        for rule in (*self.wanted.at_least, *self.wanted.at_most):
-            pattern, _ = parse_rule(rule)
-            if not any(fnmatchcase(module, pattern) for module in modules):
-                raise ValueError(
-                    f"{rule!r} fits no weight. Their names are such as {modules[-1]}, with * for any text."
-                )
+            part.source.evaluations(dimensions["text_embedding_length"])
+            check_size(part.source, self.subject.checkpoint.path, dimensions["positional_encoding_length"])
+        self.wanted.check([_module(name) for group in self.subject.groups for name in group.weights])
         smallest = {}
         for group in self.subject.groups:
             allowed = self.allowed(group)
@@ -211,7 +184,15 @@ class _Fitting:
         least = self.size(self.recipe(smallest))
         if least > self.limit:
             raise self.too_small(least)
+        check_is_no_source(self.subject.checkpoint, self.target)
         check_target(os.fspath(self.target), self.limit, overwrite)
+        room = {
+            "the file": self.limit,
+            "a recipe's file to compare it with": max((size for _, size in self.nearest()), default=0),
+        }
+        if not self.is_mapped:
+            room["a copy of the source as a GGUF file, which can be mapped"] = copy_size(self.subject.checkpoint)
+        check_room(self.target.parent, room, "Free some space, or make the file on another disk.")
 
     def too_small(self, least: int) -> ModelFileError:
         return ModelFileError(
@@ -225,18 +206,7 @@ class _Fitting:
     def allowed(self, group: Group) -> list[str | None]:
         """Types of a group by the person's rules; None is to keep it in 16 bit."""
         modules = [_module(name) for name in group.weights]
-
-        def bits(rules: tuple[str, ...]) -> list[float]:
-            parsed = map(parse_rule, rules)
-            fitting = (name for pattern, name in parsed if any(fnmatchcase(module, pattern) for module in modules))
-            return [QUANT_TYPES[name].bits_per_weight for name in fitting]
-
-        floor, ceiling = max(bits(self.wanted.at_least), default=0), min(bits(self.wanted.at_most), default=16)
-        types = [name for name in self.subject.types(group) if not self.wanted.types or name in self.wanted.types]
-        return [
-            *(name for name in types if floor <= QUANT_TYPES[name].bits_per_weight <= ceiling),
-            *([None] if ceiling >= 16 else []),
-        ]
+        return self.wanted.allowed(modules, self.subject.types(group))
 
     def recipe(self, types: Mapping[str, str]) -> Recipe:
         """The types by group as rules, with the file type of most weights."""
@@ -261,12 +231,12 @@ class _Fitting:
 
     def size(self, recipe: Recipe, extra: Mapping[str, object] | None = None) -> int:
         """Bytes of the file."""
-        options = {"name": model_name(self.source), "imatrix": self.imatrix, "fixed": self.fixed}
+        options = {"name": self.name, "imatrix": self.imatrix, "fixed": self.fixed}
         return planned_size(self.subject.checkpoint, recipe, **options, extra=extra)
 
     def convert(self, target: Path, recipe: Recipe, extra: Mapping[str, object] | None = None) -> None:
-        options = {"name": model_name(self.source), "imatrix": self.imatrix, "fixed": self.fixed}
-        convert_checkpoint(self.subject.checkpoint, target, recipe, **options, extra=extra)
+        options = {"name": self.name, "imatrix": self.imatrix, "fixed": self.fixed}
+        convert_checkpoint(self.subject.checkpoint, target, recipe, **options, extra=extra, progress=self.go_on)
 
     def chosen(self, errors: Mapping[str, Mapping[str, float]], inputs: str) -> dict[str, Candidate]:
         """The candidate of each group, so that all of the file has the size that is wanted."""
@@ -294,6 +264,7 @@ class _Fitting:
 
     def write(
         self,
+        folder: Path,
         mapped: Path,
         kept: Measurements,
         choosing: Inputs,
@@ -301,7 +272,7 @@ class _Fitting:
         overwrite: bool,
         say: Callable[[str], None],
     ) -> Fitted:
-        """Choose, write, measure the file and its neighbours, and give it its name."""
+        """Choose, write into ``folder``, measure the file and its neighbours, and give it its name."""
         errors = {
             group.name: squared_errors(
                 {name: kept.errors[group.name][name] for name in self.subject.measurable(group)},
@@ -317,23 +288,22 @@ class _Fitting:
         extra = self.annotations(inputs, predicted, {group: math.sqrt(entry.error) for group, entry in chosen.items()})
         beside = self.nearest()
         unmeasured = [name for name, _ in beside if name not in kept.files]
-        with TemporaryDirectory(prefix=f"{self.target.name}.", suffix=".partial", dir=self.target.parent) as folder:
-            made, other = Path(folder, "fitted.gguf"), Path(folder, "recipe.gguf")
-            say(f"Writing {self.size(recipe, extra) / 1e9:.3f} GB; predicted error {predicted:.5f}.")
-            self.convert(made, recipe, extra)
-            say(f"Measuring {', '.join(['it', *unmeasured])} on {held_back.source.about}.")
-            with transformer(mapped, held_back) as model:
-                reference = held_back.outputs(model)
-            measured = math.sqrt(_error_of(made, held_back, reference))
-            set_float(made, f"{FIT}measured_error", measured)
-            for name in unmeasured:
-                self.convert(other, RECIPES[name])
-                kept.files[name] = _error_of(other, held_back, reference)
-                other.unlink()
-                kept.save()
-            size = made.stat().st_size
-            check_target(os.fspath(self.target), 0, overwrite)
-            os.replace(made, self.target)
+        made, other = folder / "fitted.gguf", folder / "recipe.gguf"
+        say(f"Writing {self.size(recipe, extra) / 1e9:.3f} GB; predicted error {predicted:.5f}.")
+        self.convert(made, recipe, extra)
+        say(f"Measuring {', '.join(['it', *unmeasured])} on {held_back.source.about}.")
+        with transformer(mapped, held_back) as model:
+            reference = held_back.outputs(model)
+        measured = math.sqrt(_error_of(made, held_back, reference))
+        set_float(made, f"{FIT}measured_error", measured)
+        for name in unmeasured:
+            self.convert(other, RECIPES[name])
+            kept.files[name] = _error_of(other, held_back, reference)
+            other.unlink()
+            kept.save()
+        size = made.stat().st_size
+        check_target(os.fspath(self.target), 0, overwrite)
+        os.replace(made, self.target)
         recipes = (
             Beside(name, nbytes, self.predicted(RECIPES[name], errors), math.sqrt(kept.files[name]))
             for name, nbytes in beside

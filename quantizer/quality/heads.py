@@ -66,7 +66,7 @@ def said_by(checkpoint: Checkpoint) -> int | None:
     """
     if HEAD_COUNT_KEY in checkpoint.metadata:
         return _number(checkpoint.metadata[HEAD_COUNT_KEY], checkpoint.path, HEAD_COUNT_KEY)
-    if checkpoint.path.endswith(".gguf"):
+    if checkpoint.path.endswith(".gguf") or not checkpoint.files:
         return None
     config = Path(checkpoint.files[0]).with_name(CONFIG)
     try:

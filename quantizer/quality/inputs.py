@@ -142,5 +142,5 @@ def check_size(source: Source, path: str, positions: int) -> None:
             path,
             found=f"positions for a latent of {largest} × {largest}",
             expected=f"{source.largest()} × {source.largest()}",
-            advice="Give a smaller --size, or a calibration of smaller pictures.",
+            advice="Give smaller noise (--size, of fit --noise-size), or a calibration of smaller pictures.",
         )

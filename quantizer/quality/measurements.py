@@ -7,7 +7,7 @@ The file is JSON, written anew, whole, after each measurement::
      "rulers":  {"<group>": {"<type>": <relative square error of the weights themselves>, …}, …},
      "files":   {"<recipe>": <mean square of the output's relative error, of the part that is held back>, …}}
 
-Its name has the first digits of the key, which is made of what the numbers depend on: the checkpoint's bytes, the
+Its name ends with the first digits of the key, which is made of what the numbers depend on: the checkpoint's bytes, the
 inputs, the importance matrix, and how it is computed. What differs in one of them has another file.
 """
 
@@ -23,7 +23,6 @@ from pathlib import Path
 
 from ...loader.files.errors import ModelFileError
 from ..checkpoints import Checkpoint
-from ..convert import model_name
 from ..writer import whole_file
 
 VERSION = 1
@@ -59,7 +58,7 @@ class Measurements:
 
 def kept_measurements(
     checkpoint: Checkpoint,
-    source: str | os.PathLike,
+    name: str,
     folder: Path,
     depends_on: Mapping[str, object],
     about: Mapping[str, object] | None = None,
@@ -67,8 +66,8 @@ def kept_measurements(
     """The measurements in ``folder`` that were made of a checkpoint under the same conditions, or none yet.
 
     Args:
-        checkpoint: the opened ``source``.
-        source: whose name the file gets.
+        checkpoint: of which they are.
+        name: the model's, with which the file's name begins; an older file may have another one.
         folder: the target's.
         depends_on: what the numbers depend on besides the checkpoint's bytes; JSON.
         about: what else is said of them there, such as names.
@@ -78,10 +77,11 @@ def kept_measurements(
     """
     depends = {"version": VERSION, "checkpoint": content_fingerprint(checkpoint.files), **depends_on}
     key = hashlib.sha256(json.dumps(depends, sort_keys=True).encode()).hexdigest()
-    path = folder / f"{model_name(source)}.{key[:8]}.fit.json"
-    about = {"source": os.path.basename(source), **(about or {}), **depends_on}
-    if not path.exists():
-        return Measurements(path, key, about)
+    end = f".{key[:8]}.fit.json"
+    about = {"model": name, **(about or {}), **depends_on}
+    path = min(folder.glob(f"*{end}"), default=None)
+    if path is None:
+        return Measurements(folder / f"{name}{end}", key, about)
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
         sound = values["version"] == VERSION and values["key"] == key

@@ -162,6 +162,7 @@ def measure(
             if isinstance(module, torch.nn.Linear)
         }
         for group in subject.without_ruler(kept):
+            inputs.check()
             kept.rulers[group.name] = _rulers(subject, group, linears)
         kept.save()
         resumed = Resumed(model, inputs)

@@ -11,11 +11,12 @@ from auraflow_gguf.devtools import small_workflows as quick
 from auraflow_gguf.devtools.browser import TIMEOUT_MS, Editor, browser, frontend_arguments
 from auraflow_gguf.devtools.cache import cache_folder
 from auraflow_gguf.devtools.hosts import find_hosts
-from auraflow_gguf.devtools.random_models import cached_auraflow
+from auraflow_gguf.devtools.random_models import cached_auraflow, write_hollow_fit
 from auraflow_gguf.devtools.server import ROOT, Server
 from playwright.sync_api import expect
 
 BAD_FILE = "bad.gguf"
+FITTED_FILE = "fitted.gguf"
 
 expect.set_options(timeout=TIMEOUT_MS)
 
@@ -28,6 +29,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         quick.add_files(running)
         with open(cached_auraflow(), "rb") as whole:
             (running.base / "models" / "diffusion_models" / BAD_FILE).write_bytes(whole.read(2**20))
+        write_hollow_fit(running.base / "models" / "diffusion_models" / FITTED_FILE)
         yield running
 
 

@@ -14,7 +14,7 @@ from auraflow_gguf.devtools.server import ROOT, Server, Workflow, load_workflow
 from auraflow_gguf.devtools.small_workflows import small
 from playwright.sync_api import Locator, expect
 
-from .conftest import BAD_FILE
+from .conftest import BAD_FILE, FITTED_FILE
 
 NODES = locales.read("en")
 PACK = "auraflow-gguf"
@@ -244,6 +244,7 @@ def test_the_inspector_shows_a_file(editor: Editor, server: Server, theme: str) 
         "all",
     ]
     assert "Q4_K" in rows[0]
+    expect(panel.locator(".aurainspect-map .aurainspect-cell")).to_have_count(3 * 6 + 6)
     assert ("No NaN" in panel.inner_text()) == (theme == "dark")
     assert luminance(panel, "color") != luminance(panel, "background-color")
     assert (luminance(panel, "background-color") > 0.5) == (theme == "light")
@@ -256,6 +257,31 @@ def test_the_inspector_shows_a_file(editor: Editor, server: Server, theme: str) 
     editor.frame()
     assert panel.evaluate("element => element.offsetWidth") == width
     editor.open(server.url, Comfy_ColorPalette="dark", Comfy_RightSidePanel_IsOpen=False)
+
+
+@pytest.mark.host_independent
+def test_the_inspector_shows_types_and_errors_by_layer(editor: Editor) -> None:
+    editor.load(graph_of("AuraFlowGGUFInspect", FITTED_FILE, False))
+    editor.page.evaluate("() => app.queuePrompt(0)")
+    panel = editor.page.locator(".aurainspect-panel")
+    expect(panel.locator("h3")).to_have_text(FITTED_FILE)
+    expect(panel.locator(".aurainspect-map")).to_have_count(2)
+    for name in ("bits", "error"):
+        cells = panel.locator(f".aurainspect-{name} .aurainspect-cell")
+        expect(cells).to_have_count((2 * 4 + 32) * 6 + 6)
+        shown = cells.evaluate_all("cells => cells.map((cell) => [cell.title, cell.style.background])")
+        colours = {}
+        for title, colour in shown:
+            colours.setdefault(re.search(r": (\w+), ", title)[1], set()).add(colour)
+        if name == "bits":  # a colour for each type, and for each its own
+            assert all(len(of_type) == 1 for of_type in colours.values())
+            assert len(set.union(*colours.values())) == len(colours) > 4
+            assert re.fullmatch(r"double_layers\.0 text q, k: \w+, \d\.\d+ bits per weight, error [\d.]+", shown[0][0])
+    assert panel.locator(".aurainspect-legend").first.inner_text().split()[0] == "BF16"
+    first, last = (cells.nth(place).bounding_box() for place in (0, 39))
+    assert first["y"] == last["y"]  # a row has all layers, within the panel
+    assert last["x"] + last["width"] < panel.bounding_box()["x"] + panel.bounding_box()["width"]
+    assert cells.first.evaluate("cell => cell.offsetWidth") > 4
 
 
 @pytest.mark.host_independent

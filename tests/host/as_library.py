@@ -8,6 +8,7 @@ PACK is the pack's folder; the base directory has the models. The last line of t
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
 import sys
 
@@ -32,6 +33,16 @@ def run(node_id: str, **inputs) -> tuple:
     return outputs if isinstance(outputs, tuple) else outputs.args
 
 
+def measure_little() -> None:
+    """Have fit choose for the two last weights alone, in types that are packed in no time; see test_fit_node.py."""
+    package = nodes.NODE_CLASS_MAPPINGS["AuraFlowGGUFFit"].__module__.rpartition(".nodes.")[0]
+    fit, measuring = (importlib.import_module(f"{package}.quantizer.quality.{name}") for name in ("fit", "measuring"))
+    grouped = measuring.group_weights
+    measuring.group_weights = lambda names: grouped(names)[-2:]
+    fit.MEASURED_QUICKLY, fit.NEAREST = ("Q4_0",), 0
+    fit.WRITTEN = measuring.WRITTEN = ("Q4_0", "Q8_0")
+
+
 def main() -> dict[str, object]:
     if not asyncio.run(nodes.load_custom_node(pack)):
         sys.exit("the pack was not loaded")
@@ -47,6 +58,9 @@ def main() -> dict[str, object]:
     (calibrated,) = run("AuraFlowGGUFCalibration", filename_prefix="library", **sampling)
     (saved,) = run("AuraFlowGGUFSave", model=model, type="Q4_0", filename_prefix="diffusion_models/library")
     (converted,) = run("AuraFlowGGUFConvert", source="diffusion_models/model.gguf", type="Q4_0", output_name="made")
+    measure_little()
+    calibration = "library_00001_.safetensors"
+    fitted, _ = run("AuraFlowGGUFFit", model=model, calibration=calibration, size=2.0, output_name="fitted", quick=True)
     (report,) = run("AuraFlowGGUFInspect", model_name="model.gguf")
     (clip,) = run("AuraFlowGGUFTextEncoderLoader", text_encoder_name="text.gguf")
     tokens = clip.tokenize("a cat", tokenizer_options={"pile_t5xl_min_length": 0})
@@ -59,6 +73,7 @@ def main() -> dict[str, object]:
         "collected": collected["samples"].flatten().tolist(),
         "calibrated": calibrated["samples"].flatten().tolist(),
         "files": [saved, converted],
+        "fitted": fitted,
         "report": report,
         "conditioning": list(clip.encode_from_tokens_scheduled(tokens)[0][0].shape),
     }

@@ -52,7 +52,7 @@ def test_every_node_works_where_there_is_no_server(host, base):
     )
     assert ran.returncode == 0, ran.stderr
     result = json.loads(ran.stdout.splitlines()[-1])
-    assert len(result["ours"]) == 8
+    assert len(result["ours"]) == 9
     assert set(result["ours"]) <= set(result["executed"])
     assert (result["server"], result["progress hook"]) == (False, False)
 
@@ -65,6 +65,7 @@ def test_every_node_works_where_there_is_no_server(host, base):
         assert relative_error(torch.tensor(result[name]).view(1, 4, 8, 8), expected["samples"]) < 1e-5, name
     for path in result["files"]:
         assert open_gguf(path).tensors["single_layers.0.attn.w1q.weight"].type.name == "Q4_0"
+    assert open_gguf(result["fitted"]).metadata["general.name"] == "fitted"
     assert "an AuraFlow transformer" in result["report"]
     assert result["conditioning"][0] == 1
     assert result["conditioning"][2] == 2048

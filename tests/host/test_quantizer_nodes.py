@@ -8,12 +8,10 @@ from dataclasses import replace
 import comfy.model_management
 import comfy.sd
 import folder_paths
-import gguf
 import pytest
 import torch
 from auraflow_gguf.devtools import random_models
 from auraflow_gguf.loader.comfyui.model import load_model
-from auraflow_gguf.loader.diffusers.transformer import load_diffusers_transformer
 from auraflow_gguf.loader.files.errors import ModelFileError
 from auraflow_gguf.loader.files.gguf_file import open_gguf
 from auraflow_gguf.loader.files.parts import PARTS
@@ -25,10 +23,7 @@ from auraflow_gguf.nodes.importance import AuraFlowGGUFImportance
 from auraflow_gguf.nodes.sampling import IMATRICES
 from auraflow_gguf.nodes.save import AuraFlowGGUFSave, ModelCheckpoint
 from auraflow_gguf.quantizer.imatrix import ImportanceMatrix, read_imatrix
-from auraflow_gguf.quantizer.quality import fit as fit_module
 from auraflow_gguf.quantizer.quality.calibration import read_calibration
-from auraflow_gguf.quantizer.quality.evaluation import Inputs
-from auraflow_gguf.quantizer.quality.fit import Wanted
 from auraflow_gguf.quantizer.quantize import quantize
 from comfy.text_encoders.aura_t5 import AuraT5Tokenizer
 from safetensors.torch import load_file
@@ -361,34 +356,6 @@ def test_what_the_transformer_gets_is_collected_while_sampling(packed, output):
         collect(5, continue_from="../x_00001_.safetensors")
 
 
-@pytest.mark.host_independent
-def test_a_file_is_fitted_to_a_size_by_what_was_collected(packed, path, output, monkeypatch):
-    """From collecting to a picture, and in diffusers and gguf-py; in types that are quickly packed, with no recipe."""
-    monkeypatch.setattr(fit_module, "NEAREST", 0)
-    text = [[torch.randn(1, 8, 2048, generator=torch.Generator().manual_seed(0)), {}]]
-    settings = {"seed": 1, "steps": 2, "cfg": 1.0, "sampler_name": "euler", "scheduler": "simple"}
-    latent = {"samples": torch.zeros(1, 4, 8, 8)}
-    AuraFlowGGUFCalibration.execute(
-        packed, **settings, positive=text, negative=text, latent_image=latent, filename_prefix="x"
-    )
-    inputs = Inputs(read_calibration(output / "calibration" / "x_00001_.safetensors"))
-    target = output / "fitted.gguf"
-    with torch.inference_mode(False):
-        made = fit_module.fit(
-            path, target, Wanted(bits=5.6, types=("Q4_K", "Q5_K", "Q8_0")), inputs, measured=("Q4_K",)
-        )
-        theirs = load_diffusers_transformer(target)
-        assert torch.isfinite(inputs.outputs(theirs)[0]).all()
-    assert target.stat().st_size == made.size <= 5.6 * made.weights / 8
-    assert len(set(made.types.values())) > 2
-    metadata = open_gguf(target).metadata
-    assert metadata["aura.attention.head_count"] == 12
-    assert metadata["quantize.fit.inputs"].startswith("the part to choose by of x_00001_.safetensors")
-    assert len(gguf.GGUFReader(target).tensors) == len(open_gguf(target).tensors)
-    error = relative_error(sample(load_model(target, torch.float32), **QUICK), sample(packed, **QUICK))
-    assert 0 < error < 0.5
-
-
 def test_all_nodes_have_a_schema(models, output):
     nodes = asyncio.run(AuraFlowGGUFExtension().get_node_list())
     assert {node.define_schema().node_id for node in nodes} >= {
@@ -396,6 +363,7 @@ def test_all_nodes_have_a_schema(models, output):
         "AuraFlowGGUFSave",
         "AuraFlowGGUFImportance",
         "AuraFlowGGUFCalibration",
+        "AuraFlowGGUFFit",
     }
     for node in nodes:
         node.GET_SCHEMA()

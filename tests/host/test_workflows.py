@@ -130,6 +130,8 @@ def test_the_workflow_runs(server, template, info):
         assert len(image.getcolors(1 << 16)) > 100
     if template.case == "importance_matrix":
         assert (server.output / "imatrix" / "AuraFlow_00001_.gguf").is_file()
+    if template.case == "fit_to_a_size":
+        assert (server.output / "calibration" / "AuraFlow_00001_.safetensors").is_file()
 
 
 def _check_made_files(server: Server) -> None:

@@ -73,8 +73,10 @@ def test_the_model_is_as_it_was_after_each_measurement(source):
 )
 def test_a_checkpoint_is_evaluated_in_its_own_precision(tmp_path, source, dtype, type_name):
     save_file(native_weights(dtype), tmp_path / "other.safetensors")
-    checkpoint = evaluation.open_checkpoint(tmp_path / "other.safetensors")
-    assert evaluation._float_type(checkpoint) == type_name
+    with evaluation.as_gguf(tmp_path / "other.safetensors") as copy:
+        types = {info.type.name for name, info in open_gguf(copy).tensors.items() if name.endswith(".weight")}
+    assert types == {type_name}
+    assert not copy.parent.exists()
     everything, _ = comparison.compare(source, tmp_path / "other.safetensors")
     errors = output_errors(source, tmp_path / "other.safetensors", INPUTS)
     assert all(error < 10 * everything.relative_error + 1e-6 for error in errors.values())
