@@ -267,8 +267,8 @@ TEMPLATES = (
         "### A LoRA from your pictures, on a quantized model\n"
         "1. Put 10 to 50 pictures into a folder of ComfyUI's `input`, here `my-pictures`, each with its caption in a "
         "`.txt` file of the same name.\n"
-        "2. Run. The weights stay packed. Keep **bypass_mode** and **gradient_checkpointing** on: training takes "
-        "several times as much memory without.\n"
+        "2. Run. The weights stay packed. Keep **bypass_mode** on: without it each weight is unpacked and changed as a "
+        "whole. **gradient_checkpointing** takes more time and less memory.\n"
         "3. Move the file from `output/loras` to `models/loras`, and load it with **Load AuraFlow LoRA**.\n\n"
         "The nodes to train are ComfyUI's own, and experimental; those of 0.16 cannot train a model that a node has "
         "loaded, those of 0.33 can.\n\n" + _FILES,
