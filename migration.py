@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from . import group_nodes
 from .loader.files.errors import ModelFileError
 
 Json = dict[str, Any]
@@ -138,7 +139,7 @@ def migrate(
     """
     folders = [Path(folder) for folder in models]
     if isinstance(workflow, dict) and all(map(_has_nodes, _graphs(workflow))):
-        return [*_migrate_editor(workflow, folders), *_group_nodes(workflow)]
+        return [*_migrate_editor(workflow, folders), *_migrate_groups(workflow, folders)]
     if isinstance(workflow, dict) and workflow and all(_is_prompt_node(node) for node in workflow.values()):
         return list(_migrate_prompt(workflow, folders))
     if isinstance(workflow, dict) and isinstance(workflow.get("prompt"), dict):
@@ -216,18 +217,97 @@ def _migrate_editor(workflow: Json, models: list[Path]) -> Iterator[str]:
                     followed = False
 
 
-def _group_nodes(workflow: Json) -> Iterator[str]:
-    """A sentence for each node in one of the editor's older group nodes. A group's values are stored by their places
-    among the widgets of all nodes in it, which only the editor knows: so the group stays as it is."""
-    extra = workflow.get("extra")
-    groups = extra.get("groupNodes") if isinstance(extra, dict) else None
-    for name, group in (groups or {}).items():
-        for node in group.get("nodes") or []:
-            if node.get("type") in REPLACEMENTS:
-                yield (
-                    f"{node['type']} in the group node {name} stays: open the workflow in ComfyUI, convert the group "
-                    "node to nodes or to a subgraph, save it, and migrate it again"
-                )
+def _migrate_groups(workflow: Json, models: list[Path]) -> Iterator[str]:
+    """The same for the nodes in the editor's older group nodes, whose instances have the values."""
+    for name, group in group_nodes.definitions(workflow).items():
+        nodes = group.get("nodes") or []
+        replaced = {i: node["type"] for i, node in enumerate(nodes) if node.get("type") in REPLACEMENTS}
+        if not replaced:
+            continue
+        graphs = [(graph, node) for graph in _graphs(workflow) for node in graph["nodes"]]
+        instances = [(graph, node) for graph, node in graphs if group_nodes.is_instance(node, name)]
+        try:
+            stay = _migrate_group(group, replaced, instances, models)
+        except group_nodes.UnclearError as error:
+            stay = dict.fromkeys(
+                replaced,
+                f"which values of the group node are its own cannot be told: {error}. Open the workflow in ComfyUI, "
+                "convert the group node to nodes or to a subgraph, save it, and migrate it again",
+            )
+        for number, old in replaced.items():
+            said = f"stays: {stay[number]}" if number in stay else f"becomes {REPLACEMENTS[old].new}"
+            yield f"{old} in the group node {name} {said}"
+
+
+def _migrate_group(
+    group: Json, replaced: dict[int, str], instances: list[tuple[Json, Json]], models: list[Path]
+) -> dict[int, str]:
+    """Change the nodes ``replaced`` of a group node, and the values of its instances; those that stay, and why."""
+    nodes = group["nodes"]
+    before = group_nodes.layout(group, {number: REPLACEMENTS[old].widgets for number, old in replaced.items()})
+    parts = [group_nodes.split(node.get("widgets_values"), before) for _, node in instances]
+    stay = {}
+    for number, old in replaced.items():
+        replacement = REPLACEMENTS[old]
+        own = [_values_of(number, before, part) for part in parts] or [_widget_values(nodes[number], replacement)]
+        shown = [slot for _, node in instances for slot in _slots_of(nodes[number], group, number, replacement, node)]
+        refusals = [_refusal(replacement, values, models) for values in own]
+        if group_nodes.is_linked(group, number) or any(slot.get("link") is not None for slot in shown):
+            stay[number] = "its widgets are linked"
+        elif refusal := next(filter(None, refusals), None):
+            stay[number] = refusal
+    changed = {number: REPLACEMENTS[old] for number, old in replaced.items() if number not in stay}
+    for number, replacement in changed.items():
+        for _, node in instances:
+            gone = _slots_of(nodes[number], group, number, replacement, node)
+            node["inputs"] = [slot for slot in node.get("inputs") or [] if slot not in gone]
+        _replace(nodes[number], replacement, _widget_values(nodes[number], replacement))
+        inputs = _config(group, number).get("input") or {}
+        for name in set(inputs) & {*replacement.widgets}:
+            shown = inputs.pop(name)
+            if name in replacement.inputs:
+                inputs[replacement.inputs[name]] = shown
+    widgets = {number: REPLACEMENTS[old].widgets for number, old in replaced.items() if number in stay}
+    widgets |= {number: (*new.inputs.values(), *new.added) for number, new in changed.items()}
+    after = group_nodes.layout(group, widgets)
+    for (graph, node), part in zip(instances, parts, strict=True):
+        values = []
+        for place, (number, names) in enumerate(after):
+            if number not in changed:
+                values += part[place]
+                continue
+            own, new = _values_of(number, before, part), changed[number]
+            taken = {new.inputs[name]: value for name, value in own.items() if name in new.inputs}
+            values += [(taken | new.added)[name] for name in names]
+        node["widgets_values"] = values
+        _relink(graph, node)
+    return stay
+
+
+def _values_of(number: int, segments: list[group_nodes.Segment], parts: list[list[Any]]) -> Json:
+    """The values of one node in a group node, by the names of its widgets."""
+    return {
+        name: value
+        for (owner, names), part in zip(segments, parts, strict=True)
+        if owner == number
+        for name, value in zip(names, part, strict=True)
+    }
+
+
+def _slots_of(node: Json, group: Json, number: int, replacement: Replacement, instance: Json) -> list[Json]:
+    """The inputs of a group node for widgets of one node in it, under all names that the editor gives them."""
+    names = set()
+    for widget in replacement.widgets:
+        given = ((_config(group, number).get("input") or {}).get(widget) or {}).get("name")
+        labels = [slot.get("label") for slot in node.get("inputs") or [] if slot["name"] == widget]
+        names |= {widget, given, *labels, f"{node.get('title') or node['type']} {widget}"}
+    slots = instance.get("inputs") or []
+    return [slot for slot in slots if (slot.get("widget") or {}).get("name") in names - {None}]
+
+
+def _config(group: Json, number: int) -> Json:
+    """What a person has set for one node of a group node: other names of inputs, and which are hidden."""
+    return (group.get("config") or {}).get(str(number)) or {}
 
 
 def _refusal(replacement: Replacement, values: Json, models: list[Path]) -> str | None:

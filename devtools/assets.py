@@ -19,7 +19,7 @@ from .browser import Editor, browser, frontend_arguments
 from .hosts import Host, newest
 from .random_models import write_hollow
 from .server import ROOT, Server
-from .small_workflows import example_picture
+from .small_workflows import LORA, PICTURES, example_picture
 
 SNAPSHOT = ROOT / "tests" / "host" / "object_info.json"
 HELP_PICTURES = ROOT / "web" / "docs" / "images"
@@ -28,7 +28,7 @@ README_PICTURE = ROOT / "docs" / "graph.png"
 # The template whose graph shows a node, and in columns what of it is in the picture.
 _HELP = {
     "AuraFlowGGUFLoader": ("text_to_image", (("loader",), ("sampling",))),
-    "AuraFlowGGUFTextEncoderLoader": ("text_to_image", (("clip",), ("positive",))),
+    "AuraFlowGGUFTextEncoderLoader": ("importance_matrix", (("clip",), ("positive",))),
     "AuraFlowLoraLoader": ("text_to_image_lora", (("loader",), ("lora",), ("sampling",))),
     "AuraFlowGGUFConvert": ("convert_and_save", (("convert",),)),
     "AuraFlowGGUFSave": ("convert_and_save", (("loader",), ("lora",), ("save",))),
@@ -49,15 +49,17 @@ _THUMBNAILS = {  # what of a template's graph can be told apart in a small pictu
     "text_to_image": (("loader", "positive"), ("sampling", "sampler")),
     "text_to_image_lora": (("loader", "clip"), ("lora", "positive")),
     "image_to_image": (("image", "scale"), ("encode", "sampler")),
+    "pony_v7": (("loader", "tokenizer"), ("latent", "sampler")),
+    "train_lora": (("pictures", "loader"), ("train",)),
     "convert_and_save": (("convert",), ("inspect",)),
     "importance_matrix": (("positive", "negative", "latent"), ("importance",)),
     "fit_to_a_size": (("loader", "positive"), ("fit", "calibration")),
 }
 _NAMES = {  # files that the templates name
-    "diffusion_models": ("auraflow-v0.3.safetensors",),
-    "text_encoders": ("pile-t5-xl-Q4_K_M.gguf",),
-    "vae": ("sdxl_vae.safetensors",),
-    "loras": ("my-style.safetensors",),
+    "diffusion_models": (templates.CHECKPOINT, templates.PONY_V7),
+    "text_encoders": (templates.TEXT_ENCODER, "pile-t5-xl-Q4_K_M.gguf"),
+    "vae": (templates.VAE,),
+    "loras": (LORA,),
 }
 
 
@@ -88,7 +90,7 @@ def _add_files(base: Path) -> None:
         for name in names:
             (base / "models" / folder / name).touch()
     write_hollow(base / "models" / "diffusion_models" / templates.MODEL, "Q4_K_M")
-    (base / "input").mkdir(exist_ok=True)
+    (base / "input" / PICTURES).mkdir(parents=True, exist_ok=True)
     example_picture().save(base / "input" / "example.png")
 
 

@@ -124,11 +124,18 @@ def make_auraflow(
 
 
 def make_packed_auraflow(
-    path: Path, recipe: Recipe, double_layers: int, single_layers: int, positional: int = 4096, seed: int = 0
+    path: Path,
+    recipe: Recipe,
+    double_layers: int,
+    single_layers: int,
+    positional: int = 4096,
+    seed: int = 0,
+    widths: Mapping[str, int] = MappingProxyType({}),
+    count: int = BLOCKS,
 ) -> None:
-    """Writes an AuraFlow transformer at full width as a GGUF file without quantizing all of it.
+    """Writes an AuraFlow transformer as a GGUF file without quantizing all of it, at full width unless told otherwise.
 
-    Each quantized tensor is put together at random from ``BLOCKS`` blocks that are quantized: the numbers are those of
+    Each quantized tensor is put together at random from ``count`` blocks that are quantized: the numbers are those of
     a converted file, and take seconds to make in any type.
 
     Args:
@@ -137,14 +144,16 @@ def make_packed_auraflow(
         double_layers, single_layers: how many of each.
         positional: N, the square number of positional encodings.
         seed: of everything.
+        widths: dimensions of ``AURAFLOW.fixed`` that are others.
+        count: how many blocks of each type and size of row are quantized.
     """
-    shapes = auraflow_shapes(double_layers, single_layers, positional)
+    shapes = auraflow_shapes(double_layers, single_layers, positional, widths)
     tensors = [TensorSpec(name, shape, recipe.type_of(name, shape, torch.bfloat16)) for name, shape in shapes.items()]
     random = np.random.default_rng(seed)
 
     @functools.cache
     def blocks(quant_type: QuantType, columns: int) -> np.ndarray:
-        weights = random_weight(f"{quant_type.name}-{columns}", (BLOCKS, quant_type.block_size), seed)
+        weights = random_weight(f"{quant_type.name}-{columns}", (count, quant_type.block_size), seed)
         scale = math.sqrt(quant_type.block_size / columns)  # as of a tensor with so many columns
         return quantize(weights * scale, quant_type)
 
@@ -155,16 +164,21 @@ def make_packed_auraflow(
             return
         made = blocks(tensor.type, tensor.shape[-1])
         for begin in range(0, tensor.size, CHUNK):
-            chosen = random.integers(BLOCKS, size=min(CHUNK, tensor.size - begin) // tensor.type.block_size)
+            chosen = random.integers(count, size=min(CHUNK, tensor.size - begin) // tensor.type.block_size)
             yield memoryview(made[chosen])
 
     write_gguf(path, {"general.architecture": AURAFLOW.name}, tensors, data, overwrite=True)
 
 
-def auraflow_shapes(double_layers: int, single_layers: int, positional: int = 4096) -> Shapes:
-    """Shapes of AuraFlow's required tensors by native name, at ComfyUI's width."""
+def auraflow_shapes(
+    double_layers: int,
+    single_layers: int,
+    positional: int = 4096,
+    widths: Mapping[str, int] = MappingProxyType({}),
+) -> Shapes:
+    """Shapes of AuraFlow's required tensors by native name, at ComfyUI's width or with ``widths`` of their own."""
     sizes = {"positional_encoding_length": positional, "double_layers": double_layers, "single_layers": single_layers}
-    return native_shapes(AURAFLOW, AURAFLOW.fixed | sizes)
+    return native_shapes(AURAFLOW, {**AURAFLOW.fixed, **widths, **sizes})
 
 
 def native_shapes(architecture: Architecture, sizes: Mapping[str, int]) -> Shapes:

@@ -12,6 +12,7 @@ from . import random_models
 from .server import Server, Workflow, set_text_encoder
 
 LORA = "my-style.safetensors"
+PICTURES = "my-pictures"
 
 _VALUES = {
     "EmptyLatentImage": {"width": 64, "height": 64},
@@ -22,6 +23,9 @@ _VALUES = {
     # what the file has already, so that all but the LoRA's weight is copied
     "AuraFlowGGUFSave": {"type": "Q4_K_M"},
     "AuraFlowLoraLoader": {"lora_name": LORA},
+    "LoadImageTextDataSetFromFolder": {"folder": PICTURES},
+    "ResizeImagesByLongerEdge": {"longer_edge": 64},
+    "TrainLoraNode": {"steps": 1, "rank": 2, "training_dtype": "fp32", "lora_dtype": "fp32"},
 }
 
 
@@ -67,7 +71,7 @@ def server_models() -> dict[str, Path]:
 
 
 def add_files(server: Server) -> None:
-    """Put a LoRA and a picture where the server finds them."""
+    """Put a LoRA, a picture, and a folder with a picture and its caption where the server finds them."""
     generator = torch.Generator().manual_seed(0)
     name, (out, into) = "diffusion_model.single_layers.0.attn.w1q", (3072, 3072)
     factors = {
@@ -75,8 +79,11 @@ def add_files(server: Server) -> None:
         f"{name}.lora_down.weight": torch.randn(4, into, generator=generator) * 0.05,
     }
     save_file(factors, server.base / "models" / "loras" / LORA)
-    (server.base / "input").mkdir(exist_ok=True)
+    pictures = server.base / "input" / PICTURES
+    pictures.mkdir(parents=True, exist_ok=True)
     example_picture().resize((128, 128)).save(server.base / "input" / "example.png")
+    example_picture().resize((128, 128)).save(pictures / "evening.png")
+    (pictures / "evening.txt").write_text("an evening sky")
 
 
 def example_picture() -> Image.Image:

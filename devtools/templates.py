@@ -19,8 +19,18 @@ EXAMPLES = ROOT / "example_workflows"
 WORKFLOWS = ROOT / "tests" / "workflows"
 
 MODEL = "aura_flow_0.3-Q4_K_M.gguf"
-PUBLISHED = {MODEL: ("https://huggingface.co/city96/AuraFlow-v0.3-gguf/resolve/main/", "diffusion_models")}
-"""Files in the templates that can be downloaded: where from, and ComfyUI's folder for them."""
+PONY_V7 = "base-v7-Q4_0.gguf"
+CHECKPOINT = "aura_flow_0.3.safetensors"
+TEXT_ENCODER = "model.fp16.safetensors"
+VAE = "sdxl_vae.safetensors"
+PUBLISHED = {
+    MODEL: ("city96/AuraFlow-v0.3-gguf/resolve/main/", "diffusion_models"),
+    PONY_V7: ("purplesmartai/pony-v7-base/resolve/main/gguf/", "diffusion_models"),
+    CHECKPOINT: ("fal/AuraFlow-v0.3/resolve/main/", "diffusion_models"),
+    TEXT_ENCODER: ("fal/AuraFlow-v0.3/resolve/main/text_encoder/", "text_encoders"),
+    VAE: ("stabilityai/sdxl-vae/resolve/main/", "vae"),
+}
+"""Files in the templates that can be downloaded: from which folder on Hugging Face, and ComfyUI's folder for them."""
 
 PROMPT = "a lighthouse on a cliff at dawn, oil painting"
 
@@ -30,24 +40,27 @@ def node(class_type: str, **inputs: Any) -> dict[str, Any]:
     return {"class_type": class_type, "inputs": inputs}
 
 
-def text_encoder() -> dict[str, Any]:
-    """The node that loads Pile-T5-XL in every workflow."""
+def _text_encoder() -> dict[str, Any]:
+    """ComfyUI's own loader, for the file that is published."""
+    return node("CLIPLoader", clip_name=TEXT_ENCODER, type="stable_diffusion", device="default")
+
+
+def _packed_text_encoder() -> dict[str, Any]:
     return node("AuraFlowGGUFTextEncoderLoader", text_encoder_name="pile-t5-xl-Q4_K_M.gguf")
 
 
-def _loader() -> dict[str, Any]:
-    return node("AuraFlowGGUFLoader", model_name=MODEL, compute_dtype="auto", modulation_cache=True)
+def _loader(name: str = MODEL) -> dict[str, Any]:
+    return node("AuraFlowGGUFLoader", model_name=name, compute_dtype="auto", modulation_cache=True)
 
 
 def _lora() -> dict[str, Any]:
     return node("AuraFlowLoraLoader", model=["loader", 0], lora_name="my-style.safetensors", strength=1.0)
 
 
-def _texts(prompt: str) -> Workflow:
+def _texts(prompt: str, clip: str = "clip") -> Workflow:
     return {
-        "clip": text_encoder(),
-        "positive": node("CLIPTextEncode", clip=["clip", 0], text=prompt),
-        "negative": node("CLIPTextEncode", clip=["clip", 0], text=""),
+        "positive": node("CLIPTextEncode", clip=[clip, 0], text=prompt),
+        "negative": node("CLIPTextEncode", clip=[clip, 0], text=""),
     }
 
 
@@ -72,7 +85,7 @@ def _shift(model: str) -> dict[str, Any]:
 
 
 def _vae() -> dict[str, Any]:
-    return node("VAELoader", vae_name="sdxl_vae.safetensors")
+    return node("VAELoader", vae_name=VAE)
 
 
 def _picture(latent: str) -> Workflow:
@@ -82,8 +95,8 @@ def _picture(latent: str) -> Workflow:
     }
 
 
-def _empty() -> dict[str, Any]:
-    return node("EmptyLatentImage", width=1024, height=1024, batch_size=1)
+def _empty(width: int = 1024, height: int = 1024) -> dict[str, Any]:
+    return node("EmptyLatentImage", width=width, height=height, batch_size=1)
 
 
 def _text_to_image(*, lora: bool) -> Workflow:
@@ -91,6 +104,7 @@ def _text_to_image(*, lora: bool) -> Workflow:
         "loader": _loader(),
         **({"lora": _lora()} if lora else {}),
         "sampling": _shift("lora" if lora else "loader"),
+        "clip": _text_encoder(),
         **_texts(PROMPT),
         "latent": _empty(),
         "sampler": node("KSampler", **_sampling("latent", denoise=1.0)),
@@ -99,13 +113,17 @@ def _text_to_image(*, lora: bool) -> Workflow:
     }
 
 
-_FILES = (
+_HUB = "https://huggingface.co"
+_FILES_OF = (
     "### Files\n"
-    "- transformer, `.gguf`: `models/diffusion_models`\n"
-    "- Pile-T5-XL: `models/text_encoders`\n"
-    "- SDXL's VAE: `models/vae`\n\n"
-    "Press **R** after you have added files."
+    "- transformer: [{model}]({address}), or another type, in `models/diffusion_models`\n"
+    f"- Pile-T5-XL: [text_encoder/{TEXT_ENCODER}]({_HUB}/fal/AuraFlow-v0.3/tree/main/text_encoder), in "
+    "`models/text_encoders`\n"
+    f"- VAE: [{VAE}]({_HUB}/stabilityai/sdxl-vae), in `models/vae`\n\n"
+    "Press **R** after you have added files. A text encoder in GGUF takes a quarter of the memory: **Load AuraFlow "
+    "Text Encoder (GGUF)** in the place of *Load CLIP*."
 )
+_FILES = _FILES_OF.format(model=MODEL, address=f"{_HUB}/city96/AuraFlow-v0.3-gguf")
 
 
 @dataclass(frozen=True)
@@ -155,10 +173,11 @@ TEMPLATES = (
     ),
     Template(
         "image_to_image",
-        "AuraFlow image to image",
+        "AuraFlow text to image over an image",
         {
             "loader": _loader(),
             "sampling": _shift("loader"),
+            "clip": _text_encoder(),
             **_texts("the same place in deep winter, snow, oil painting"),
             "image": node("LoadImage", image="example.png"),
             "scale": node(
@@ -183,12 +202,91 @@ TEMPLATES = (
         ),
     ),
     Template(
+        "pony_v7",
+        "Pony V7 text to image",
+        {
+            "loader": _loader(PONY_V7),
+            "clip": _text_encoder(),
+            "tokenizer": node("T5TokenizerOptions", clip=["clip", 0], min_padding=768, min_length=768),
+            **_texts("score_9, a lighthouse keeper with a lantern on a cliff at dawn, digital painting", "tokenizer"),
+            "latent": _empty(1280, 1536),
+            "sampler": node(
+                "KSampler", **_sampling("latent", model=["loader", 0], steps=30, sampler_name="euler", denoise=1.0)
+            ),
+            "vae": _vae(),
+            **_picture("sampler"),
+        },
+        _FILES_OF.format(model=PONY_V7, address=f"{_HUB}/purplesmartai/pony-v7-base/tree/main/gguf")
+        + "\n\nThe settings of its authors: 30 steps of euler, CFG 3.5, no *ModelSamplingAuraFlow*, texts filled up to "
+        "768 tokens, 1280 × 1536 or about as large.",
+        (
+            ("loader", "clip", "vae", "note"),
+            ("tokenizer", "positive", "negative", "latent"),
+            ("sampler", "decode"),
+            ("save",),
+        ),
+    ),
+    Template(
+        "train_lora",
+        "AuraFlow train a LoRA",
+        {
+            "loader": _loader(),
+            "clip": _text_encoder(),
+            "pictures": node("LoadImageTextDataSetFromFolder", folder="my-pictures"),
+            "positive": node("CLIPTextEncode", clip=["clip", 0], text=["pictures", 1]),
+            "scale": node("ResizeImagesByLongerEdge", images=["pictures", 0], longer_edge=768),
+            "vae": _vae(),
+            "encode": node("VAEEncode", pixels=["scale", 0], vae=["vae", 0]),
+            "train": node(
+                "TrainLoraNode",
+                model=["loader", 0],
+                latents=["encode", 0],
+                positive=["positive", 0],
+                batch_size=1,
+                grad_accumulation_steps=1,
+                steps=500,
+                learning_rate=0.0005,
+                rank=16,
+                optimizer="AdamW",
+                loss_function="MSE",
+                seed=0,
+                training_dtype="bf16",
+                lora_dtype="bf16",
+                quantized_backward=False,
+                algorithm="LoRA",
+                gradient_checkpointing=True,
+                checkpoint_depth=1,
+                offloading=False,
+                existing_lora="[None]",
+                bucket_mode=False,
+                bypass_mode=True,
+            ),
+            "save": node("SaveLoRA", lora=["train", 0], prefix="loras/AuraFlow", steps=["train", 2]),
+            "loss": node("LossGraphNode", loss=["train", 1], filename_prefix="AuraFlow"),
+        },
+        "### A LoRA from your pictures, on a quantized model\n"
+        "1. Put 10 to 50 pictures into a folder of ComfyUI's `input`, here `my-pictures`, each with its caption in a "
+        "`.txt` file of the same name.\n"
+        "2. Run. The weights stay packed. Keep **bypass_mode** on: without it each weight is unpacked and changed as a "
+        "whole. **gradient_checkpointing** takes more time and less memory.\n"
+        "3. Move the file from `output/loras` to `models/loras`, and load it with **Load AuraFlow LoRA**.\n\n"
+        "The nodes to train are ComfyUI's own, and experimental; those of 0.16 cannot train a model that a node has "
+        "loaded, those of 0.33 can.\n\n" + _FILES,
+        (
+            ("loader", "clip", "vae"),
+            ("pictures", "scale", "note"),
+            ("positive", "encode"),
+            ("train",),
+            ("save", "loss"),
+        ),
+    ),
+    Template(
         "convert_and_save",
-        "AuraFlow convert and save",
+        "AuraFlow tools convert and save",
         {
             "convert": node(
                 "AuraFlowGGUFConvert",
-                source="diffusion_models/auraflow-v0.3.safetensors",
+                source=f"diffusion_models/{CHECKPOINT}",
                 type="Q4_K_M",
                 output_name="",
                 overwrite=False,
@@ -216,10 +314,11 @@ TEMPLATES = (
     ),
     Template(
         "importance_matrix",
-        "AuraFlow importance matrix",
+        "AuraFlow tools importance matrix",
         {
-            "loader": node("UNETLoader", unet_name="auraflow-v0.3.safetensors", weight_dtype="default"),
+            "loader": node("UNETLoader", unet_name=CHECKPOINT, weight_dtype="default"),
             "sampling": _shift("loader"),
+            "clip": _packed_text_encoder(),
             **_texts(PROMPT),
             "latent": _empty(),
             "importance": node(
@@ -295,7 +394,8 @@ _SIZES = {  # of nodes that show more than their widgets
     "LoadImage": (300, 340),
     "AuraFlowGGUFInspect": (440, 800),
     "CLIPTextEncode": (340, 130),
-    "MarkdownNote": (300, 250),
+    "MarkdownNote": (340, 330),
+    "LossGraphNode": (340, 330),
 }
 _SHOWING_A_LINE = (
     "AuraFlowLoraLoader",
@@ -323,7 +423,7 @@ def graph(template: Template, info: ObjectInfo) -> dict[str, Any]:
     for key, entry in template.workflow.items():
         for slot, target in enumerate(nodes[key]["inputs"]):
             value = entry["inputs"].get(target["name"])
-            if value is None:
+            if not is_link(value):
                 continue
             source = nodes[value[0]]["outputs"][value[1]]
             target["link"] = len(links) + 1
@@ -354,10 +454,14 @@ def _graph_node(number: int, entry: Mapping[str, Any], info: ObjectInfo) -> dict
             if not _is_widget(kind):
                 inputs.append({"name": name, "type": kind, "link": None})
                 continue
-            values.append(given.get(name, options.get("default")))
+            value = given.get(name, options.get("default"))
+            if is_link(value):  # the widget is there, and does not count
+                inputs.append({"name": name, "type": kind, "link": None, "widget": {"name": name}})
+                value = options.get("default", 0 if kind == "INT" else "")
+            values.append(value)
             height += _TEXT if options.get("multiline") else _WIDGET
-            if options.get("control_after_generate"):
-                values.append("randomize")
+            if options.get("control_after_generate", name == "seed"):  # the editor has one for every seed
+                values.append("randomize" if options.get("control_after_generate") else "fixed")
                 height += _WIDGET
             if options.get("image_upload"):
                 values.append("image")
@@ -388,7 +492,12 @@ def _graph_node(number: int, entry: Mapping[str, Any], info: ObjectInfo) -> dict
 def _model(name: str) -> dict[str, str]:
     """What the editor needs to offer the download of a file that is missing."""
     folder, directory = PUBLISHED[name]
-    return {"name": name, "url": f"{folder}{name}", "directory": directory}
+    return {"name": name, "url": f"{_HUB}/{folder}{name}", "directory": directory}
+
+
+def is_link(value: object) -> bool:
+    """Whether an input of a prompt is another node's output, ``[key, number]``."""
+    return isinstance(value, list)
 
 
 def _is_widget(kind: object) -> bool:

@@ -190,15 +190,118 @@ def test_the_command_looks_into_the_folders_that_it_is_given(models, tmp_path, m
     assert json.loads(Path("flow-auraflow.json").read_text()) == prompt
 
 
-def test_a_node_in_an_older_group_node_is_named_and_stays():
-    inside = editor_node(0, "UnetLoaderGGUF", ["v7.gguf"], "unet_name")
-    groups = {"my loaders": {"nodes": [inside, {"type": "KSampler"}], "links": [], "external": []}}
-    graph = {"nodes": [{"id": 3, "type": "workflow>my loaders", "widgets_values": ["v7.gguf"]}]}
-    graph["extra"] = {"groupNodes": groups}
+SAMPLER = [7, "fixed", 20, 3.5, "euler", "simple", 1.0]
+
+
+def group_node(*values: list, sockets: bool = False) -> dict:
+    """A graph with group nodes of a loader, a sampler and a text encoder's loader, whose values are ``values``.
+
+    Args:
+        sockets: as editors since 1.16 write it, in which every widget is an input too.
+    """
+    names = {
+        "UnetLoaderGGUFAdvanced": ("unet_name", "dequant_dtype", "patch_dtype", "patch_on_device"),
+        "KSampler": ("seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"),
+        "CLIPLoaderGGUF": ("clip_name", "type"),
+    }
+    inside = [
+        editor_node(0, "UnetLoaderGGUFAdvanced", ["own.gguf", "default", "default", False]),
+        editor_node(0, "KSampler", SAMPLER),
+        editor_node(0, "CLIPLoaderGGUF", ["own.gguf", "stable_diffusion"]),
+    ]
+    inside[1]["inputs"] = [{"name": name, "type": name.upper()} for name in ("model", "positive")]
+    for node in inside if sockets else []:
+        node["inputs"] += [{"name": name, "type": "X", "widget": {"name": name}} for name in names[node["type"]]]
+    for node in inside:
+        del node["id"]
+    group = {"nodes": inside, "links": [[0, 0, 1, 0, 1, "MODEL"]], "external": []}
+    shown = [{"name": "positive", "type": "CONDITIONING", "link": 1}]
+    shown += [{"name": name, "type": "X", "widget": {"name": name}, "link": None} for name in sum(names.values(), ())]
+    instances = [
+        {"id": id, "type": "workflow>mine", "widgets_values": value, "inputs": copy.deepcopy(shown)}
+        for id, value in enumerate(values, start=3)
+    ]
+    links = [[1, 9, 0, 3, 0, "CONDITIONING"]]
+    return {"nodes": instances, "links": links, "extra": {"groupNodes": {"mine": group}}}
+
+
+UNET = ["v7.gguf", "default", "float32", True]
+CLIP = ["t5.gguf", "stable_diffusion"]
+
+
+@pytest.mark.parametrize("sockets", [False, True], ids=["widgets", "sockets"])
+def test_nodes_in_older_group_nodes(sockets):
+    graph = group_node([*UNET, *SAMPLER, *CLIP], ["w.gguf", *UNET[1:], *SAMPLER, *CLIP], sockets=sockets)
+    assert migrate(graph) == [
+        "UnetLoaderGGUFAdvanced in the group node mine becomes AuraFlowGGUFLoader",
+        "CLIPLoaderGGUF in the group node mine becomes AuraFlowGGUFTextEncoderLoader",
+    ]
+    group = graph["extra"]["groupNodes"]["mine"]
+    loader, sampler, clip = group["nodes"]
+    assert loader["type"] == "AuraFlowGGUFLoader"
+    assert loader["widgets_values"] == ["own.gguf", "auto", True]
+    assert [slot["name"] for slot in loader["inputs"]] == (["model_name"] if sockets else [])
+    assert (clip["type"], clip["widgets_values"]) == ("AuraFlowGGUFTextEncoderLoader", ["own.gguf"])
+    assert sampler["widgets_values"] == SAMPLER
+    # the values of widgets that are inputs come last
+    files = [node["widgets_values"] for node in graph["nodes"]]
+    for values, file in zip(files, ("v7.gguf", "w.gguf"), strict=True):
+        expected = ["auto", True, file, *SAMPLER, "t5.gguf"] if sockets else [file, "auto", True, *SAMPLER, "t5.gguf"]
+        assert values == expected
+    left = [slot["name"] for slot in graph["nodes"][0]["inputs"]]
+    assert left == ["positive", "seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"]
+    assert graph["links"] == [[1, 9, 0, 3, 0, "CONDITIONING"]]
+    assert migrate(graph) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            lambda graph, group: graph["nodes"][0]["widgets_values"].append(1),
+            "it has 14 values, and the nodes in it 13",
+        ),
+        (
+            lambda graph, group: group["nodes"][1]["inputs"].append({"name": "cfg", "widget": {"name": "cfg"}}),
+            "some widgets of KSampler are inputs",
+        ),
+        (lambda graph, group: graph["nodes"][0]["inputs"][1].update(link=5), "its widgets are linked"),
+        (lambda graph, group: group["links"].append([1, 0, 0, 0, 2, "X"]), "its widgets are linked"),
+    ],
+    ids=["values", "inputs", "linked outside", "linked inside"],
+)
+def test_a_node_in_an_older_group_node_stays_where_its_values_are_not_certain(change, why):
+    graph = group_node([*UNET, *SAMPLER, *CLIP])
+    change(graph, graph["extra"]["groupNodes"]["mine"])
     before = copy.deepcopy(graph)
-    (change,) = migrate(graph)
-    assert change.startswith("UnetLoaderGGUF in the group node my loaders stays: open the workflow in ComfyUI, convert")
-    assert graph == before
+    unet, clip = migrate(graph)
+    assert unet.startswith("UnetLoaderGGUFAdvanced in the group node mine stays: ")
+    assert why in unet
+    if "linked" in why:
+        assert "becomes" in clip
+        (node,) = graph["nodes"]
+        assert node["widgets_values"] == [*UNET, *SAMPLER, "t5.gguf"]
+        before["extra"]["groupNodes"]["mine"]["nodes"].pop()
+        graph["extra"]["groupNodes"]["mine"]["nodes"].pop()
+        assert graph["extra"] == before["extra"]
+    else:
+        assert "stays" in clip
+        assert graph == before
+
+
+def test_a_node_in_an_older_group_node_stays_where_one_of_them_has_another_model(models):
+    graph = group_node(*([file, *UNET[1:], *SAMPLER, *CLIP] for file in ("aura.gguf", "wan/flux.gguf")))
+    unet, clip = migrate(graph, models=[models])
+    assert "stays: its file wan/flux.gguf is a Flux transformer" in unet
+    assert "becomes" in clip
+    assert [node["widgets_values"][-1] for node in graph["nodes"]] == ["t5.gguf"] * 2
+
+
+def test_nodes_of_group_nodes_in_a_prompt():
+    """There the editor has written each under the number of the group node and its own."""
+    prompt = {"3:0": copy.deepcopy(PROMPT["1"]), "3:1": {"class_type": "KSampler", "inputs": {"model": ["3:0", 0]}}}
+    assert migrate(prompt) == ["UnetLoaderGGUF 3:0 becomes AuraFlowGGUFLoader"]
+    assert prompt["3:1"]["inputs"] == {"model": ["3:0", 0]}
 
 
 @pytest.mark.parametrize("other", [[], {}, {"nodes": 1}, {"nodes": [{"type": "X"}]}, {"1": {"class_type": "X"}}, 5])

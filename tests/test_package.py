@@ -27,6 +27,7 @@ AT_THE_TOP = {
     "example_workflows",
     "loader",
     "locales",
+    "group_nodes.py",
     "migration.py",
     "nodes",
     "pyproject.toml",

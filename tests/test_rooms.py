@@ -28,7 +28,8 @@ ROOMS = {
     QUANTIZER: (TYPES, FILES, KERNELS, CHECKPOINTS),
     QUALITY: (TYPES, FILES, KERNELS, WEIGHTS, DIFFUSERS, CHECKPOINTS, QUANTIZER),
     "nodes": (TYPES, FILES, WEIGHTS, COMFYUI, CHECKPOINTS, QUANTIZER, QUALITY, "migration.py"),
-    "migration.py": (FILES,),
+    "group_nodes.py": (),
+    "migration.py": (FILES, "group_nodes.py"),
     "cli.py": (FILES, "loader/kernels/native", CHECKPOINTS, QUANTIZER, QUALITY, "migration.py"),
     "__init__.py": ("nodes", DIFFUSERS),
     "loader": (),
@@ -56,7 +57,8 @@ def modules() -> list[str]:
     """The package's modules, as paths from its root."""
     folders = ("loader", "quantizer", "nodes")
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
-    return [*sorted(path.relative_to(ROOT).as_posix() for path in paths), "cli.py", "migration.py", "__init__.py"]
+    alone = ("cli.py", "group_nodes.py", "migration.py", "__init__.py")
+    return [*sorted(path.relative_to(ROOT).as_posix() for path in paths), *alone]
 
 
 def is_in(path: str, place: str) -> bool:

@@ -160,8 +160,12 @@ def choose_model(editor: Editor, name: str) -> None:
 
 
 def prepare(editor: Editor, case: str) -> None:
-    """Show a template in the size of the tests."""
-    editor.load(template_graph(case))
+    """Show a template in the size of the tests, and with our loader for the text encoder, a GGUF file."""
+    graph = template_graph(case)
+    for node in graph["nodes"]:
+        if node["type"] == "CLIPLoader":
+            node |= {"type": "AuraFlowGGUFTextEncoderLoader", "widgets_values": [cached_text_encoder().name]}
+    editor.load(graph)
     for node in small(load_workflow(case)).values():
         values = {name: value for name, value in node["inputs"].items() if not isinstance(value, list)}
         if node["class_type"] not in ("CLIPTextEncode", "AuraFlowGGUFLoader"):

@@ -13,7 +13,7 @@ from auraflow_gguf.loader.comfyui.patcher import GGUFModelPatcher
 from auraflow_gguf.loader.comfyui.text_encoder import load_text_encoder
 from auraflow_gguf.loader.files.errors import ModelFileError
 from auraflow_gguf.loader.files.gguf_file import open_gguf
-from auraflow_gguf.loader.files.pile_t5 import PILE_T5_XL
+from auraflow_gguf.loader.files.pile_t5 import PILE_T5_XL, STACK
 from auraflow_gguf.loader.weights.layout import is_packed
 from comfy_extras.nodes_hooks import SetClipHooks
 from comfy_extras.nodes_model_merging import CLIPSave
@@ -87,6 +87,13 @@ def test_a_full_size_encoder():
 
 
 @pytest.mark.host_independent
+def test_comfyui_takes_a_published_file_for_what_it_is():
+    """By its names and shapes, as *Load CLIP* does in the templates."""
+    shapes = random_models.native_shapes(PILE_T5_XL, PILE_T5_XL.fixed | {STACK: 24})
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    assert comfy.sd.detect_te_model(weights) == comfy.sd.TEModel.T5_XL
+
+
 def test_the_embedding_dequantizes_the_rows_that_it_looks_up():
     clip = load(make_text_encoder_gguf("Q4_K"))
     embedding = clip.cond_stage_model.pile_t5xl.transformer.shared
