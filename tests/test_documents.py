@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 IN_PROSE = [*PAGES, ROOT / "SECURITY.md", ROOT / ".github" / "ISSUE_TEMPLATE" / "bug.yml"]
 NEEDS_NETWORK = ("git clone", "pip install")  # and change the Python that runs this
-OF_OTHER_TESTS = ("api.md", "library.md", "diffusers.md")  # whose blocks of code those execute
+OF_OTHER_TESTS = ("api.md", "library.md", "diffusers.md", "scale.md")  # whose blocks of code those execute
 
 
 def commands() -> list[str]:

@@ -108,7 +108,7 @@ def test_a_module_imports_what_its_room_may(module):
     assert wrong(module, (ROOT / module).read_text(encoding="utf-8")) == []
 
 
-@pytest.mark.parametrize("folder", ["benchmarks", "devtools", "tests"])
+@pytest.mark.parametrize("folder", ["benchmarks", "devtools", "examples", "tests"])
 def test_what_is_imported_is_there(folder):
     for path in (ROOT / folder).rglob("*.py"):
         module = path.relative_to(ROOT).as_posix()
