@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
@@ -63,19 +64,28 @@ class LeftOut(Exception):
 
 
 def random_packed(quant_type: QuantType, rows: int, columns: int, setting: Setting, seed: int = 0) -> torch.Tensor:
-    """``(rows, row_bytes) uint8`` on the device: weights of about the size that a trained model's have."""
-    random = np.random.default_rng(seed)
-    blocks = random_blocks(quant_type.name, BLOCKS, seed=seed)
-    scales = random.normal(0, 0.1 / columns**0.5, (2, BLOCKS)).astype(np.float16).view(np.uint16)
-    put_scales(quant_type.name, blocks, scales)
-    if quant_type.name == "MXFP4":
-        blocks[:, 0] = random.integers(118, 122, BLOCKS)
-    if quant_type.name == "NVFP4":
-        blocks[:, :4] &= 0x1F
+    """``(rows, row_bytes) uint8`` on the device: weights of the size that a trained model's have, 1/√columns."""
+    blocks = _blocks(quant_type, columns).to(setting.device)
     generator = torch.Generator(setting.device).manual_seed(seed)
     count = rows * columns // quant_type.block_size
     chosen = torch.randint(BLOCKS, (count,), generator=generator, device=setting.device)
-    return torch.from_numpy(blocks).to(setting.device)[chosen].view(rows, -1)
+    return blocks[chosen].view(rows, -1)
+
+
+@functools.cache
+def _blocks(quant_type: QuantType, columns: int) -> torch.Tensor:
+    random = np.random.default_rng(columns)
+    blocks = random_blocks(quant_type.name, BLOCKS, seed=columns)
+    if quant_type.name == "MXFP4":
+        blocks[:, 0] = random.integers(118, 122, BLOCKS)
+    elif quant_type.name == "NVFP4":
+        blocks[:, :4] &= 0x1F
+    else:
+        scales = random.normal(0, 1, (2, BLOCKS))
+        put_scales(quant_type.name, blocks, scales.astype(np.float16).view(np.uint16))
+        scales /= quant_type.dequantize(torch.from_numpy(blocks)).std().item() * columns**0.5
+        put_scales(quant_type.name, blocks, scales.astype(np.float16).view(np.uint16))
+    return torch.from_numpy(blocks)
 
 
 def milliseconds(run: Callable[[], object], setting: Setting) -> float:

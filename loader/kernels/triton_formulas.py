@@ -18,12 +18,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..quant_types.fp4 import E2M1
 from ..quant_types.iq4 import VALUES
 
-# Small tables as integers, from which a shift takes a value: the magnitudes of E2M1, 4 bits each, and the two halves of
-# IQ4's values, 8 bits each.
-_E2M1 = tl.constexpr(sum(value << 4 * index for index, value in enumerate(E2M1[:8])) - (1 << 32))
+_TWO_TO_127 = tl.constexpr(2.0**127)
+
+# The two halves of IQ4's values, 8 bits each, from which a shift takes one.
 _VALUES_LOW = tl.constexpr(int.from_bytes(bytes(value & 255 for value in VALUES[:8]), "little", signed=True))
 _VALUES_HIGH = tl.constexpr(int.from_bytes(bytes(value & 255 for value in VALUES[8:]), "little", signed=True))
 
@@ -257,9 +256,12 @@ def tq2_0(block, table):
 
 @triton.jit
 def _e2m1(q):
-    """4-bit floats, doubled, as int32."""
-    magnitude = _E2M1 >> 4 * (q & 7) & 15
-    return tl.where(q < 8, magnitude, -magnitude)
+    """4-bit floats, doubled, as float32; -0 is 0.
+
+    Their exponent and mantissa are those of a float32 that is 2¹²⁶ times as small, subnormal ones too.
+    """
+    bits = (q & 7) << 22 | (q & 8) << 28
+    return bits.to(tl.float32, bitcast=True) * _TWO_TO_127 + 0.0
 
 
 @triton.jit
