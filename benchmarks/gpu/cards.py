@@ -39,7 +39,7 @@ class Card(NamedTuple):
     gb_s: int
 
 
-# From the makers' data sheets: boost clocks, but for NVIDIA's 90 and 100, whose servers hold less than their boost.
+# From the makers' data sheets: boost clocks, for the H100 and H200 those of the PCIe board.
 CARDS = {
     "RTX 2060": Card("sm_75", 30, 1.68, 336),
     "A100 80 GB": Card("sm_80", 108, 1.41, 2039),
