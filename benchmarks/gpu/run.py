@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -108,13 +110,13 @@ def _in_a_process(name: str, options: argparse.Namespace) -> dict:
         command += [argument for kind in options.type for argument in ("--type", kind)]
         rows.touch()
         with open(log, "wb") as output:
-            child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT)
+            child = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
             try:
                 failure = None if child.wait(limit) == 0 else _last_line(log, child.returncode)
             except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
                 failure = f"not done in {limit} s"
+            finally:
+                _end(child)
         found = [json.loads(line) for line in rows.read_text(encoding="utf-8").splitlines()]
     reasons = [row["left_out"] for row in found if row.keys() == {"left_out"}]
     result = {"rows": [row for row in found if row.keys() != {"left_out"}], "seconds": time.monotonic() - begin}
@@ -123,6 +125,16 @@ def _in_a_process(name: str, options: argparse.Namespace) -> dict:
     if wrong := tables.wrong(name, result["rows"]):
         return result | {"failed": wrong}
     return result | ({"left_out": reasons[0]} if reasons else {})
+
+
+def _end(child: subprocess.Popen) -> None:
+    """Ends it, and what it has started, if it has not ended by itself."""
+    if child.poll() is None:
+        if os.name == "posix":
+            os.killpg(child.pid, signal.SIGKILL)
+        else:
+            child.kill()
+        child.wait()
 
 
 def _last_line(log: Path, code: int) -> str:
