@@ -26,6 +26,7 @@ usage: python dev.py COMMAND [arguments]
   test    run the tests, all tiers; --tier NAME picks some, --newest runs those that depend on other projects with
           their newest releases, arguments after -- go to pytest
   bench   measure speed and memory beside dense weights, for the README; --help lists its options
+  gpu     try and measure the GPU of this machine; --here does it without ComfyUI and an environment
   assets  write the templates, translations and pictures that follow from the nodes
   fuzz    feed damaged GGUF files to the reader; --help lists its options
 
@@ -38,6 +39,7 @@ COMMANDS = {
     "demo": "auraflow_gguf.devtools.demo",
     "test": "auraflow_gguf.devtools.tiers",
     "bench": "auraflow_gguf.benchmarks.run",
+    "gpu": "auraflow_gguf.benchmarks.gpu.run",
     "assets": "auraflow_gguf.devtools.assets",
     "fuzz": "auraflow_gguf.tests.fuzz.run",
 }
@@ -75,6 +77,7 @@ def main(argv: list[str]) -> int:
     from auraflow_gguf.devtools.arguments import parse
 
     options = parse(command, arguments)
+    inside = inside or getattr(options, "here", False)
     try:
         found = hosts.find_hosts(ROOT, clone=not inside)
         if inside:

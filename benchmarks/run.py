@@ -10,8 +10,6 @@ import json
 import sys
 from pathlib import Path
 
-import torch
-
 from ..devtools.arguments import TYPES
 from ..devtools.hosts import Host
 from ..devtools.server import device_arguments
@@ -68,15 +66,6 @@ def _dequantize(types: tuple[str, ...], options: argparse.Namespace) -> dict:
     return {"setting": dequantize.SETTING_TEXT, "rows": dequantize.measure(types)}
 
 
-def _gpu(types: tuple[str, ...], options: argparse.Namespace) -> None:
-    from . import gpu_dequantize
-
-    if torch.cuda.is_available():
-        gpu_dequantize.main(["--output", str(options.output.with_name("gpu_dequantize.json"))])
-    else:
-        print("left out: there is no GPU")
-
-
 def _step(types: tuple[str, ...], options: argparse.Namespace) -> dict:
     from . import step
 
@@ -119,7 +108,6 @@ PARTS = {
     "load": _load,
     "memory": _memory,
     "dequantize": _dequantize,
-    "gpu": _gpu,
     "step": _step,
     "modulation": _modulation,
     "compiled": _compiled,

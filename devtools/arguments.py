@@ -13,9 +13,14 @@ TIERS = ("lint", "unit", "interop", "host", "server", "browser")
 OF_THE_NEWEST = ("interop", "host", "server")
 """The tiers that depend on other projects' releases."""
 
-PARTS = ("load", "memory", "dequantize", "gpu", "step", "modulation", "compiled", "lora", "convert")
+PARTS = ("load", "memory", "dequantize", "step", "modulation", "compiled", "lora", "convert")
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_XS", "IQ4_NL", "Q3_K", "Q2_K", "BF16")
 RESULTS = ROOT / "benchmarks" / "results.json"
+
+GPU_PARTS = ("bits", "bandwidth", "products", "step", "compiled", "comfyui", "comfyui-compiled", "vram")
+GPU_TYPES = ("Q4_K", "Q8_0", "Q6_K", "Q5_K", "Q4_0")
+GPU_RESULTS = ROOT / "benchmarks" / "gpu.json"
+CARDS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx1100", "gfx1201")
 
 
 def _demo() -> argparse.ArgumentParser:
@@ -67,6 +72,30 @@ def _bench() -> argparse.ArgumentParser:
     return parser
 
 
+def _gpu() -> argparse.ArgumentParser:
+    parser = _parser("gpu", "Tries and measures the GPU of this machine, in parts.")
+    parser.add_argument(
+        "--here", action="store_true", help="with the Python that runs this, its torch and Triton, and no environment"
+    )
+    parser.add_argument("--part", action="append", choices=GPU_PARTS, help="only this; may be repeated")
+    parser.add_argument("--type", action="append", help=f"measure only this; may be repeated ({', '.join(GPU_TYPES)})")
+    parser.add_argument("--seconds", type=int, help="the most that each part may take (by default its own limit)")
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu tries what needs no GPU")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to try the command itself")
+    parser.add_argument("--output", type=Path, default=GPU_RESULTS, help="where the figures go, as JSON")
+    parser.add_argument(
+        "--cards",
+        nargs="*",
+        choices=CARDS,
+        metavar="CARD",
+        help="measure nothing, but count the kernels' instructions on these kinds of card, and write the tables of "
+        f"docs/gpu.md anew, of all that have been counted ({', '.join(CARDS)})",
+    )
+    parser.add_argument("--child", choices=GPU_PARTS, help=argparse.SUPPRESS)
+    parser.add_argument("--rows", type=Path, help=argparse.SUPPRESS)
+    return parser
+
+
 def _assets() -> argparse.ArgumentParser:
     parser = _parser("assets", "Writes what follows from the nodes: templates, translations, the snapshot, pictures.")
     parser.add_argument("--no-pictures", action="store_true", help="write the text files alone")
@@ -88,6 +117,7 @@ PARSERS: dict[str, Callable[[], argparse.ArgumentParser]] = {
     "demo": _demo,
     "test": _test,
     "bench": _bench,
+    "gpu": _gpu,
     "assets": _assets,
     "fuzz": _fuzz,
 }

@@ -18,12 +18,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ..quant_types.fp4 import E2M1
 from ..quant_types.iq4 import VALUES
 
-# Small tables as integers, from which a shift takes a value: the magnitudes of E2M1, 4 bits each, and the two halves of
-# IQ4's values, 8 bits each.
-_E2M1 = tl.constexpr(sum(value << 4 * index for index, value in enumerate(E2M1[:8])) - (1 << 32))
+_TWO_TO_127 = tl.constexpr(2.0**127)
+
+# The two halves of IQ4's values, 8 bits each, from which a shift takes one.
 _VALUES_LOW = tl.constexpr(int.from_bytes(bytes(value & 255 for value in VALUES[:8]), "little", signed=True))
 _VALUES_HIGH = tl.constexpr(int.from_bytes(bytes(value & 255 for value in VALUES[8:]), "little", signed=True))
 
@@ -68,16 +67,41 @@ def _words(pointer, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _planes(pointer, CHUNKS: tl.constexpr, LENGTH: tl.constexpr, WIDTH: tl.constexpr):
-    """Bit fields: of each chunk of bytes the lowest field of every byte, then the second of every byte, …
+def _chunks(pointer, COUNT: tl.constexpr, LENGTH: tl.constexpr, STRIDE: tl.constexpr):
+    """``[N]`` pointers → ``[N, COUNT, LENGTH] int32``: chunks of bytes, ``STRIDE`` apart; 0 gives the same ones."""
+    chunk = tl.arange(0, COUNT)[None, :, None]
+    return _byte(pointer[:, None, None] + (STRIDE * chunk + tl.arange(0, LENGTH)[None, None, :]))
 
-    ``[N]`` pointers → ``[N, CHUNKS * 8 / WIDTH * LENGTH] int32``.
+
+@triton.jit
+def _in_turn(first, second):
+    """Of each chunk first all of ``first``, then all of ``second``: twice ``[N, chunks, length]`` → ``[N, weights]``.
+
+    A thread has both, which it took from the same byte.
     """
-    chunk = tl.arange(0, CHUNKS)[None, :, None, None]
-    field = tl.arange(0, 8 // WIDTH)[None, None, :, None]
-    k = tl.arange(0, LENGTH)[None, None, None, :]
-    fields = _byte(pointer[:, None, None, None] + (LENGTH * chunk + k)) >> WIDTH * field & ((1 << WIDTH) - 1)
-    return tl.reshape(fields, (pointer.shape[0], CHUNKS * (8 // WIDTH) * LENGTH))
+    both = tl.permute(tl.join(first, second), (0, 1, 3, 2))
+    return tl.reshape(both, (first.shape[0], 2 * first.shape[1] * first.shape[2]))
+
+
+@triton.jit
+def _nibbles(pointer, CHUNKS: tl.constexpr, LENGTH: tl.constexpr):
+    """Of each chunk of bytes the low halves, then the high ones: ``[N]`` pointers → ``[N, weights] int32``."""
+    bytes = _chunks(pointer, CHUNKS, LENGTH, LENGTH)
+    return _in_turn(bytes & 15, bytes >> 4)
+
+
+@triton.jit
+def _pairs(pointer, CHUNKS: tl.constexpr, LENGTH: tl.constexpr):
+    """Of each chunk of bytes their lowest two bits, then the next two, …: ``[N]`` pointers → ``[N, weights] int32``."""
+    bytes = _chunks(pointer, CHUNKS, LENGTH, LENGTH)
+    return _in_turn_of_four(tl.join(bytes, bytes >> 4) & 3, tl.join(bytes >> 2, bytes >> 6) & 3)
+
+
+@triton.jit
+def _in_turn_of_four(even, odd):
+    """`_in_turn` of four: ``even`` has the first and the third, ``[N, chunks, length, 2]``, ``odd`` the others."""
+    four = tl.permute(tl.join(even, odd), (0, 1, 3, 4, 2))
+    return tl.reshape(four, (even.shape[0], 4 * even.shape[1] * even.shape[2]))
 
 
 @triton.jit
@@ -89,40 +113,52 @@ def _fields(pointer, COUNT: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def _less(q, OFFSET: tl.constexpr):
+    """``q - OFFSET`` as float32, of integers from 0 to 2²³ - 1, which are the last bits of the float32 ``2²³ + q``.
+
+    The same as a conversion, which is the slowest of instructions where ``q - OFFSET`` is below 0.
+    """
+    return (q | 0x4B000000).to(tl.float32, bitcast=True) - (8388608.0 + OFFSET)
+
+
+@triton.jit
 def _scaled(scale, q):
-    """``[N, groups] float32`` × ``[N, weights]`` integers → ``[N, groups, weights / groups] float32``."""
+    """``[N, groups] float32`` × ``[N, weights]`` numbers → ``[N, groups, weights / groups] float32``."""
     LENGTH: tl.constexpr = q.shape[1] // scale.shape[1]
     return scale[:, :, None] * tl.reshape(q, (q.shape[0], scale.shape[1], LENGTH)).to(tl.float32)
 
 
 @triton.jit
 def q1_0(block, table):
-    return _scaled(_half(block)[:, None], 2 * _fields(block + 2, 16, 1) - 1)
+    return _scaled(_half(block)[:, None], _less(2 * _fields(block + 2, 16, 1), 1))
 
 
 @triton.jit
 def q2_0(block, table):
-    return _scaled(_half(block)[:, None], _fields(block + 2, 16, 2) - 1)
+    return _scaled(_half(block)[:, None], _less(_fields(block + 2, 16, 2), 1))
 
 
 @triton.jit
 def q4_0(block, table):
-    return _scaled(_half(block)[:, None], _planes(block + 2, 1, 16, 4) - 8)
+    return _scaled(_half(block)[:, None], _less(_nibbles(block + 2, 1, 16), 8))
 
 
 @triton.jit
 def q4_1(block, table):
-    return _scaled(_half(block)[:, None], _planes(block + 4, 1, 16, 4)) + _half(block + 2)[:, None, None]
+    return _scaled(_half(block)[:, None], _nibbles(block + 4, 1, 16)) + _half(block + 2)[:, None, None]
 
 
 @triton.jit
 def _five_bits(qh, qs):
-    return _planes(qs, 1, 16, 4) | _fields(qh, 4, 1) << 4
+    bytes = _chunks(qs, 1, 16, 16)
+    k = tl.arange(0, 16)[None, None, :]
+    first, second = _word(qh)[:, None, None] >> k, _word(qh + 2)[:, None, None] >> k
+    return _in_turn(bytes & 15 | (first & 1) << 4, bytes >> 4 | (second & 1) << 4)
 
 
 @triton.jit
 def q5_0(block, table):
-    return _scaled(_half(block)[:, None], _five_bits(block + 2, block + 6) - 16)
+    return _scaled(_half(block)[:, None], _less(_five_bits(block + 2, block + 6), 16))
 
 
 @triton.jit
@@ -146,14 +182,18 @@ def _scaled_minus_minimum(dm, s, m, q):
 @triton.jit
 def q2_k(block, table):
     scales = _bytes(block, 16)
-    return _scaled_minus_minimum(block + 80, scales & 15, scales >> 4, _planes(block + 16, 2, 32, 2))
+    return _scaled_minus_minimum(block + 80, scales & 15, scales >> 4, _pairs(block + 16, 2, 32))
 
 
 @triton.jit
 def q3_k(block, table):
-    q = _planes(block + 32, 2, 32, 2) | _planes(block, 1, 32, 1) << 2
-    s = _planes(block + 96, 1, 8, 4) | _planes(block + 104, 1, 4, 2) << 4
-    return _scaled(_half(block + 108)[:, None] * (s - 32).to(tl.float32), q - 4)
+    low = _chunks(block + 32, 2, 32, 32)
+    high = _chunks(block, 2, 32, 0) >> 4 * tl.arange(0, 2)[None, :, None] << 2
+    even = tl.join(low & 3 | high & 4, low >> 4 & 3 | high >> 2 & 4)
+    odd = tl.join(low >> 2 & 3 | high >> 1 & 4, low >> 6 | high >> 3 & 4)
+    q = _in_turn_of_four(even, odd)
+    s = _nibbles(block + 96, 1, 8) | _pairs(block + 104, 1, 4) << 4
+    return _scaled(_half(block + 108)[:, None] * (s - 32).to(tl.float32), _less(q, 4))
 
 
 @triton.jit
@@ -172,52 +212,63 @@ def _six_bits(scales):
 @triton.jit
 def q4_k(block, table):
     s, m = _six_bits(block + 4)
-    return _scaled_minus_minimum(block, s, m, _planes(block + 16, 4, 32, 4))
+    return _scaled_minus_minimum(block, s, m, _nibbles(block + 16, 4, 32))
 
 
 @triton.jit
 def q5_k(block, table):
     s, m = _six_bits(block + 4)
-    return _scaled_minus_minimum(block, s, m, _planes(block + 48, 4, 32, 4) | _planes(block + 16, 1, 32, 1) << 4)
+    low = _chunks(block + 48, 4, 32, 32)
+    high = _chunks(block + 16, 4, 32, 0) >> 2 * tl.arange(0, 4)[None, :, None]
+    q = _in_turn(low & 15 | (high & 1) << 4, low >> 4 | (high & 2) << 3)
+    return _scaled_minus_minimum(block, s, m, q)
 
 
 @triton.jit
 def q6_k(block, table):
-    q = _planes(block, 2, 64, 4) | _planes(block + 128, 2, 32, 2) << 4
+    first, second = _chunks(block, 2, 32, 64), _chunks(block + 32, 2, 32, 64)
+    high = _chunks(block + 128, 2, 32, 32) << 4
+    even = tl.join(first & 15 | high & 48, first >> 4 | high >> 4 & 48)
+    odd = tl.join(second & 15 | high >> 2 & 48, second >> 4 | high >> 6 & 48)
+    q = _in_turn_of_four(even, odd)
     scale = _half(block + 208)[:, None] * _signed_bytes(block + 192, 16).to(tl.float32)
-    return _scaled(scale, q - 32)
+    return _scaled(scale, _less(q, 32))
 
 
 @triton.jit
 def tq1_0(block, table):
-    # Digits of the bytes 0–31, of 32–47 and of 48–51: five, five and four of each.
-    i = tl.arange(0, 256)
-    long = i < 160
-    short = i < 240
-    byte = tl.where(long, i % 32, tl.where(short, 32 + i % 16, 48 + i % 4))
-    digit = tl.where(long, i // 32, tl.where(short, (i - 160) // 16, (i - 240) // 4))
-    power = tl.where(digit == 0, 1, tl.where(digit == 1, 3, tl.where(digit == 2, 9, tl.where(digit == 3, 27, 81))))
-    t = 3 * (_byte(block[:, None] + byte[None, :]) * power[None, :] & 255) >> 8
-    return _scaled(_half(block + 52)[:, None], t - 1)
+    # Digits of the bytes 0–31, of 32–47 and of 48–51: five, five and four of each; four weights have the same place.
+    four = tl.arange(0, 64)
+    long = four < 40
+    short = four < 60
+    first = tl.where(long, four % 8 * 4, tl.where(short, 32 + four % 4 * 4, 48))
+    digit = tl.where(long, four // 8, tl.where(short, (four - 40) // 4, four - 60))
+    power = tl.where(digit == 4, 81, 0x1B090301 >> 8 * (digit % 4) & 255)
+    bytes = _byte(block[:, None, None] + (first[None, :, None] + tl.arange(0, 4)[None, None, :]))
+    t = 3 * (bytes * power[None, :, None] & 255) >> 8
+    return _scaled(_half(block + 52)[:, None], _less(tl.reshape(t, (block.shape[0], 256)), 1))
 
 
 @triton.jit
 def tq2_0(block, table):
-    return _scaled(_half(block + 64)[:, None], _planes(block, 2, 32, 2) - 1)
+    return _scaled(_half(block + 64)[:, None], _less(_pairs(block, 2, 32), 1))
 
 
 @triton.jit
 def _e2m1(q):
-    """4-bit floats, doubled, as int32."""
-    magnitude = _E2M1 >> 4 * (q & 7) & 15
-    return tl.where(q < 8, magnitude, -magnitude)
+    """4-bit floats, doubled, as float32; -0 is 0.
+
+    Their exponent and mantissa are those of a float32 that is 2¹²⁶ times as small, subnormal ones too.
+    """
+    bits = (q & 7) << 22 | (q & 8) << 28
+    return bits.to(tl.float32, bitcast=True) * _TWO_TO_127 + 0.0
 
 
 @triton.jit
 def mxfp4(block, table):
     e = _byte(block)
     half_e8m0 = tl.where(e < 2, 0x200000 << e, (e - 1) << 23).to(tl.float32, bitcast=True)
-    return _scaled(half_e8m0[:, None], _e2m1(_planes(block + 1, 1, 16, 4)))
+    return _scaled(half_e8m0[:, None], _e2m1(_nibbles(block + 1, 1, 16)))
 
 
 @triton.jit
@@ -227,7 +278,7 @@ def nvfp4(block, table):
     mantissa = (d & 7) + tl.where(exponent > 0, 8, 0)
     power = (tl.maximum(exponent, 1) + (127 - 11) << 23).to(tl.float32, bitcast=True)
     half_ue4m3 = tl.where(d == 0x7F, 0, mantissa).to(tl.float32) * power
-    return _scaled(half_ue4m3, _e2m1(_planes(block + 4, 4, 8, 4)))
+    return _scaled(half_ue4m3, _e2m1(_nibbles(block + 4, 4, 8)))
 
 
 @triton.jit
@@ -238,14 +289,14 @@ def _iq4(q):
 
 @triton.jit
 def iq4_nl(block, table):
-    return _scaled(_half(block)[:, None], _iq4(_planes(block + 2, 1, 16, 4)))
+    return _scaled(_half(block)[:, None], _iq4(_nibbles(block + 2, 1, 16)))
 
 
 @triton.jit
 def iq4_xs(block, table):
     s = _fields(block + 4, 4, 4) | _fields(block + 2, 2, 2) << 4
     scale = _half(block)[:, None] * (s - 32).to(tl.float32)
-    return _scaled(scale, _iq4(_planes(block + 8, 8, 16, 4)))
+    return _scaled(scale, _iq4(_nibbles(block + 8, 8, 16)))
 
 
 @triton.jit

@@ -20,8 +20,8 @@ from . import triton_formulas as formulas
 # The most rows of input that the multiplying kernel takes.
 FEW_ROWS = 16
 
-# Weights of a program of the dequantizing kernel: 32 for each thread of four warps, which share the work on a scale.
-DEQUANTIZED_AT_ONCE = 4096
+# Weights of a program of the dequantizing kernel: 64 for each thread of four warps, which share the work on a scale.
+DEQUANTIZED_AT_ONCE = 8192
 
 # Tile of the multiplying kernel: rows of the weight, at most, and weights of each; and sums of a thread.
 WEIGHT_ROWS, WEIGHT_COLUMNS = 8, 256
@@ -72,12 +72,12 @@ def dequantize_into(out: torch.Tensor, packed: torch.Tensor, quant_type: QuantTy
 
     Args:
         out: float32, float16 or bfloat16, contiguous, as many elements as ``packed`` has weights.
-        packed: uint8, contiguous, whole blocks, on ``out``'s device, which is the current one.
+        packed: uint8, contiguous, one whole block or more, on ``out``'s device, which is the current one.
         quant_type: one of ``FORMULAS``.
     """
     formula = FORMULAS[quant_type.name]
     n_blocks = packed.numel() // quant_type.type_size
-    tile, options = dequantize_tile(quant_type)
+    tile, options = dequantize_tile(quant_type, n_blocks)
     dequantize_kernel[(triton.cdiv(n_blocks, tile["BLOCKS"]),)](
         out, packed, formula.table(packed.device), n_blocks, WEIGHTS=formula.weights, **tile, **options
     )
@@ -116,9 +116,13 @@ def linear_into(
     )
 
 
-def dequantize_tile(quant_type: QuantType) -> tuple[dict[str, int], dict[str, int]]:
-    """What a program of the dequantizing kernel takes: its constants, and the options of its launch."""
-    return _blocks(quant_type, DEQUANTIZED_AT_ONCE), {"num_warps": 4}
+def dequantize_tile(quant_type: QuantType, n_blocks: int) -> tuple[dict[str, int], dict[str, int]]:
+    """What a program of the dequantizing kernel takes: its constants, and the options of its launch.
+
+    Never more blocks than there are, so that no program has to look where the weight ends.
+    """
+    tile = _blocks(quant_type, DEQUANTIZED_AT_ONCE)
+    return tile | {"BLOCKS": min(tile["BLOCKS"], 1 << n_blocks.bit_length() - 1)}, {"num_warps": 4}
 
 
 def linear_tile(quant_type: QuantType, input_rows: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -154,14 +158,14 @@ def dequantize_kernel(
     TYPE_SIZE: tl.constexpr,
     BLOCKS: tl.constexpr,
 ):
-    """A program unpacks ``BLOCKS`` neighbours; the last one reads its last block again instead of what is beyond."""
-    first = tl.program_id(0).to(tl.int64) * BLOCKS
-    rest = tl.minimum(n_blocks - first, BLOCKS).to(tl.int32)
-    block = tl.minimum(tl.arange(0, BLOCKS), rest - 1)
-    weights = WEIGHTS(packed + first * TYPE_SIZE + block * TYPE_SIZE, table)
-    i = tl.arange(0, BLOCKS * BLOCK_SIZE)
+    """A program unpacks ``BLOCKS`` neighbours; there are no fewer.
+
+    The last program takes the last ones, some of them a second time: none needs to ask where the weight ends.
+    """
+    first = tl.minimum(tl.program_id(0).to(tl.int64) * BLOCKS, n_blocks - BLOCKS)
+    weights = WEIGHTS(packed + first * TYPE_SIZE + tl.arange(0, BLOCKS) * TYPE_SIZE, table)
     weights = tl.reshape(weights, (BLOCKS * BLOCK_SIZE,)).to(out.dtype.element_ty)
-    tl.store(out + first * BLOCK_SIZE + i, weights, mask=i < rest * BLOCK_SIZE)
+    tl.store(out + first * BLOCK_SIZE + tl.arange(0, BLOCKS * BLOCK_SIZE), weights)
 
 
 @triton.jit(do_not_specialize=["input_rows", "weight_rows", "row_blocks"])

@@ -36,6 +36,7 @@ CARDS = {
 }
 DTYPES = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16}
 FEW_ROWS = (1, 2, 4, 8, 16)  # that the multiplying kernel is compiled for
+MANY_BLOCKS = 1 << 20  # as a weight has
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def compiled(card: str, type_name: str, dtype: str, input_rows: int = 0, *, bias
         constants, options = triton_kernels.linear_tile(QUANT_TYPES[type_name], input_rows)
     else:
         kernel = triton_kernels.dequantize_kernel
-        constants, options = triton_kernels.dequantize_tile(QUANT_TYPES[type_name])
+        constants, options = triton_kernels.dequantize_tile(QUANT_TYPES[type_name], MANY_BLOCKS)
     constants = {"WEIGHTS": formula.weights, **constants}
     constants |= {} if formula.grid else {"table": None}
     constants |= {} if bias or not input_rows else {"bias": None}
