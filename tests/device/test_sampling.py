@@ -1,5 +1,5 @@
 """The MODEL on the accelerator gives the CPU's picture: whole, half and hardly in its memory, patched, hooked,
-interrupted, out of memory, and moved in mid-run."""
+interrupted, out of memory, moved in mid-run, and beside another model."""
 
 import comfy.model_management as management
 import pytest
@@ -9,7 +9,7 @@ from auraflow_gguf.loader.comfyui.model import load_model
 from ..host.aura_files import make_gguf
 from ..host.patches import diff, lora, patched
 from ..host.sampling import QUICK, relative_error, sample
-from .host_on_device import device_memory
+from .host_on_device import SIZE, device_memory
 from .pictures import picture, picture_with_every_kind, picture_with_hooks, picture_with_lora
 from .simulated import accelerator
 
@@ -117,3 +117,14 @@ def test_memory_taken_away_between_steps(model, expected):
         clone = patched(model, lora)
         assert relative_error(sample(clone, **QUICK, callback=take), expected(picture_with_lora)) < 1e-5
     assert max(freed) >= model.model_size() // 4
+
+
+def test_two_models_in_turn_where_one_fits(model, expected):
+    other = load_model(make_gguf("Q4_0"), torch.float32)
+    with device_memory(management, model, "full"):
+        size = int(management.minimum_inference_memory() + model.model_size() * 1.2)
+        with accelerator.limited(size):
+            for _ in range(2):
+                assert relative_error(picture(model), expected(picture)) < 1e-5
+                assert relative_error(picture_with_lora(other), expected(picture_with_lora)) < 1e-5
+            assert accelerator.counters().peak < SIZE
