@@ -9,8 +9,8 @@ from pathlib import Path
 
 from . import ROOT
 
-TIERS = ("lint", "unit", "interop", "host", "server", "browser")
-OF_THE_NEWEST = ("interop", "host", "server")
+TIERS = ("lint", "unit", "interop", "host", "device", "server", "browser")
+OF_THE_NEWEST = ("interop", "host", "device", "server")
 """The tiers that depend on other projects' releases."""
 
 PARTS = ("load", "memory", "dequantize", "step", "modulation", "compiled", "lora", "convert")

@@ -23,6 +23,7 @@ import torch
 from . import ROOT, browser
 from .arguments import OF_THE_NEWEST, TIERS
 from .cache import cache_folder
+from .cxx import NoCompiler, compiler
 from .hosts import Host, newest
 
 SERVER_TESTS = ("tests/host/test_server.py", "tests/host/test_workflows.py")
@@ -99,7 +100,8 @@ class Plan:
         yield Job("lint", f"ruff {version('ruff')}", [["ruff", "check", "."], ["ruff", "format", "--check", "."]])
 
     def unit(self) -> Iterator[Job | LeftOut]:
-        paths = ["tests", "--ignore=tests/host", "--ignore=tests/interop", "--ignore=tests/browser"]
+        others = ("host", "device", "interop", "browser")
+        paths = ["tests", *(f"--ignore=tests/{folder}" for folder in others)]
         yield self._pytest("unit", f"gguf {version('gguf')}", paths)
 
     def interop(self) -> Iterator[Job | LeftOut]:
@@ -107,6 +109,14 @@ class Plan:
 
     def host(self) -> Iterator[Job | LeftOut]:
         yield from self._in_every_host("host", ["tests/host", *(f"--ignore={path}" for path in SERVER_TESTS)])
+
+    def device(self) -> Iterator[Job | LeftOut]:
+        try:
+            compiler()
+        except NoCompiler as error:
+            yield LeftOut("device", str(error))
+            return
+        yield from self._in_every_host("device", ["tests/device"])
 
     def server(self) -> Iterator[Job | LeftOut]:
         yield from self._in_every_host("server", list(SERVER_TESTS))
@@ -139,7 +149,7 @@ class Plan:
 
 
 # About what share of a whole run a tier takes: the longest begins first, so that none is left over at the end.
-SHARES = {"host": 6, "unit": 5, "server": 3.5, "browser": 3, "interop": 2, "lint": 0}
+SHARES = {"host": 6, "unit": 5, "server": 3.5, "browser": 3, "interop": 2, "device": 2, "lint": 0}
 
 
 def main(options: argparse.Namespace, hosts: list[Host]) -> int:
