@@ -67,10 +67,16 @@ def can_be_int8(quant_type: QuantType, columns: int) -> bool:
 
 def refused_by_cpu() -> str | None:
     """Why int8 products would be slower than float32 ones on this CPU, or None."""
-    names = ("_is_amx_tile_supported", "_is_vnni_supported")  # AVX-512's VNNI; torch before 2.5 lacks some
-    if not hasattr(torch, "_int_mm") or not any(getattr(torch.cpu, name, bool)() for name in names):
+    if not _has_int8_products():
         return "the CPU has no int8 products (AMX or AVX-512 VNNI)"
+    if _rotate_in_c() is None:
+        return "the C for CPUs is not compiled: run `python cli.py compile` in the pack's folder, and restart ComfyUI"
     return None
+
+
+def _has_int8_products() -> bool:
+    names = ("_is_amx_tile_supported", "_is_vnni_supported")  # AVX-512's VNNI; older versions of torch lack some
+    return hasattr(torch, "_int_mm") and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def refused_by_gpu(device: torch.device) -> str | None:
@@ -143,7 +149,7 @@ def linear_on_cpu(
     Returns:
         ``(…, out_features)`` in ``input``'s dtype.
     """
-    in_float = refused_by_cpu() is not None
+    in_float = not _has_int8_products()
     x = rotated(input.reshape(-1, input.shape[-1]).float())
     x_scales = scales_of(x)
     x = rounded_(x, x_scales)
