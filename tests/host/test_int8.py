@@ -171,12 +171,13 @@ def test_gradients_are_exact(in_int8, plain):
 
 def test_compiled_in_one_graph(in_int8):
     settings = {"steps": 1, "size": 12, "tokens": 20, "cfg": 1.0}
-    compiled = in_int8.clone()
-    # ComfyUI's default for CPUs asks how much memory is free, outside of the graph
-    options = compiled.model_options["transformer_options"]
+    eager = in_int8.clone()
+    # ComfyUI's own for CPUs breaks graphs by itself; and another one's roundings become steps of integers
+    options = eager.model_options["transformer_options"]
     options["optimized_attention_override"] = lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)
+    compiled = eager.clone()
     set_torch_compile_wrapper(compiled, backend="eager", fullgraph=True)
-    assert relative_error(sample(compiled, **settings), sample(in_int8, **settings)) < 1e-5
+    assert relative_error(sample(compiled, **settings), sample(eager, **settings)) < 1e-5
 
 
 def test_dynamic_vram_gathers_scales_with_the_weight(in_int8):
