@@ -18,7 +18,8 @@ from .ops import GGUFOps, Int8Products
 logger = logging.getLogger(__name__)
 
 # The attention and MLP of the layers, where nearly all of the time goes. What is computed for a timestep alone
-# (modulation, t_embedder) has one row of input; it stays exact, and so do the embedders and the final linear.
+# (modulation, t_embedder) has one row of input; it stays exact, and so do the embedders and the final linear, which
+# save next to no time and would add to the error (benchmarks/int8.py).
 LINEARS = re.compile(r"(double|single)_layers\.\d+\.(attn\.w[12][qkvo]|mlp[CX]?\.c_(fc1|fc2|proj))")
 
 WRAPPER_KEY = "auraflow_gguf.exact"

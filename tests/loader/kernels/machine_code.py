@@ -131,5 +131,5 @@ def _of_amd(asm: dict) -> MachineCode:
         return int(re.search(rf"^\s*\.{key}:\s+(\d+)", text, re.MULTILINE)[1])
 
     spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count")) + number("private_segment_fixed_size")
-    names = re.findall(r"^\t([a-z]\w+)", text.partition("s_endpgm")[0], re.MULTILINE)
+    names = re.findall(r"^\t([a-z]\w+)", text.rpartition("s_endpgm")[0], re.MULTILINE)
     return MachineCode(text, number("vgpr_count"), spilled, Counter(names))
