@@ -63,7 +63,7 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     options.output.mkdir(parents=True, exist_ok=True)
     with as_gguf(options.model) as mapped:
-        prompts = None if options.calibration else _Prompts(options.model)
+        prompts = None if options.calibration else Prompts(options.model)
         inputs = Inputs(Noise(size=2), device=options.device, heads=options.heads)
         calibration = options.calibration or options.output / "calibration.safetensors"
         if prompts:
@@ -81,7 +81,7 @@ def main(arguments: list[str]) -> int:
                 if row["recipe"] in PICTURED:
                     files[f"{row['recipe']} recipe"] = options.output / f"{row['recipe']}-former.gguf"
                     files[f"{row['recipe']} fitted"] = options.output / f"{row['recipe']}-fitted.gguf"
-            pictures = {name: _sampled(path, prompts, inputs) for name, path in files.items()}
+            pictures = {name: sampled(path, prompts, inputs) for name, path in files.items()}
             draw(pictures, options.output / "fit.png")
     return 0
 
@@ -186,7 +186,7 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-class _Prompts:
+class Prompts:
     """The texts of `PROMPTS`, out of a model's folder."""
 
     def __init__(self, folder: Path):
@@ -219,7 +219,7 @@ class _Prompts:
         return calibration
 
 
-def _sampled(path: Path, prompts: _Prompts, inputs: Inputs) -> list[torch.Tensor]:
+def sampled(path: Path, prompts: Prompts, inputs: Inputs) -> list[torch.Tensor]:
     """The pictures ``(height, width, 3) uint8`` that a file makes of the first prompts."""
     with transformer(path, inputs) as model:
         latents = [prompts.sample(model, inputs, number)[1][-1] for number in range(PICTURES)]

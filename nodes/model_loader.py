@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..loader.comfyui.model import load_model
+from ..loader.comfyui.model import MATRIX_MULT, load_model
 from .folders import MODEL_FOLDER, file_names, fingerprint, full_path
 
 _COMPUTE_DTYPES = {
@@ -55,15 +55,39 @@ class AuraFlowGGUFLoader(io.ComfyNode):
                         "each timestep of the schedule, and kept. The picture stays the same."
                     ),
                 ),
+                io.Combo.Input(
+                    "matrix_mult",
+                    options=list(MATRIX_MULT),
+                    default="exact",
+                    optional=True,
+                    advanced=True,
+                    tooltip=(
+                        "int8 multiplies rotated 8-bit weights and activations in the layers, for speed on GPUs and "
+                        "CPUs that have int8 products; the picture changes a little. Memory stays that of the file. "
+                        "Where it would not be faster, products are exact and the log says why."
+                    ),
+                ),
             ],
             outputs=[io.Model.Output(tooltip="The transformer, for any node that takes a MODEL.")],
         )
 
     @classmethod
-    def fingerprint_inputs(cls, model_name: str, compute_dtype: str = "auto", modulation_cache: bool = True) -> str:
-        return f"{fingerprint(MODEL_FOLDER, model_name)} {compute_dtype} {modulation_cache}"
+    def fingerprint_inputs(
+        cls,
+        model_name: str,
+        compute_dtype: str = "auto",
+        modulation_cache: bool = True,
+        matrix_mult: str = "exact",
+    ) -> str:
+        return f"{fingerprint(MODEL_FOLDER, model_name)} {compute_dtype} {modulation_cache} {matrix_mult}"
 
     @classmethod
-    def execute(cls, model_name: str, compute_dtype: str = "auto", modulation_cache: bool = True) -> io.NodeOutput:
+    def execute(
+        cls,
+        model_name: str,
+        compute_dtype: str = "auto",
+        modulation_cache: bool = True,
+        matrix_mult: str = "exact",
+    ) -> io.NodeOutput:
         path = full_path(MODEL_FOLDER, model_name)
-        return io.NodeOutput(load_model(path, _COMPUTE_DTYPES[compute_dtype], modulation_cache))
+        return io.NodeOutput(load_model(path, _COMPUTE_DTYPES[compute_dtype], modulation_cache, matrix_mult))

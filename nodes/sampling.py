@@ -12,6 +12,7 @@ from comfy_api.latest import io
 
 from nodes import common_ksampler
 
+from ..loader.comfyui.int8 import exact
 from ..loader.comfyui.modulation import without_cache
 from ..loader.files.errors import ModelFileError
 
@@ -112,8 +113,8 @@ def check_auraflow(model) -> None:
 
 
 def sample(model, **options) -> dict:
-    """The latents that KSampler gives, with all of the model's weights used in every step."""
-    return common_ksampler(without_cache(model), **options)[0]
+    """The latents that KSampler gives, with all of the model's weights used in every step, exactly."""
+    return common_ksampler(exact(without_cache(model)), **options)[0]
 
 
 def described(steps: int, sampler_name: str, scheduler: str, cfg: float, seed: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 
@@ -13,7 +14,7 @@ from ..files.auraflow import AURAFLOW
 from ..files.gguf_file import GGUFFile
 from ..files.matching import Match
 from ..weights.state_dict import log_skipped, open_checked, sizes_by_type, state_dict
-from . import modulation
+from . import int8, modulation
 from .ops import GGUFOps
 from .patcher import GGUFModelPatcher, GGUFModelPatcherDynamic, for_packed_weights
 
@@ -22,12 +23,17 @@ logger = logging.getLogger(__name__)
 # Types that AuraFlow computes in, in the order of ComfyUI's preference.
 COMPUTE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
+MATRIX_MULT = ("exact", "int8")
+
 
 def load_model(
     path: str | os.PathLike,
     compute_dtype: torch.dtype | None = None,
     modulation_cache: bool = True,
+    matrix_mult: str = "exact",
     disable_dynamic: bool = False,
+    *,
+    int8_even_if_slower: bool = False,
 ) -> GGUFModelPatcher | GGUFModelPatcherDynamic:
     """Load an AuraFlow transformer.
 
@@ -35,14 +41,20 @@ def load_model(
         path: a GGUF file, in any spelling and of any quantization types.
         compute_dtype: what the model computes in; None leaves the choice to ComfyUI.
         modulation_cache: keep modulation, a third of the weights, off the device (modulation.py).
+        matrix_mult: one of `MATRIX_MULT`: exact products of the compute type, or products of int8 in the layers
+            (int8.py), which stay exact where the device has none; the log says so.
         disable_dynamic: use ComfyUI's static patcher, also where dynamic VRAM is on.
+        int8_even_if_slower: on a CPU that has no int8 products too, for tests.
 
     Returns:
         A model patcher; the packed weights are views on the memory-mapped file.
 
     Raises:
         ModelFileError: the file is broken, or no AuraFlow transformer.
+        ValueError: ``matrix_mult`` is neither.
     """
+    if matrix_mult not in MATRIX_MULT:
+        raise ValueError(f"found matrix_mult {matrix_mult!r}, expected one of {', '.join(MATRIX_MULT)}")
     file, matched = open_checked(path, AURAFLOW)
     log_skipped(matched, file.path)
     dtype = compute_dtype or _compute_dtype(matched)
@@ -54,8 +66,12 @@ def load_model(
     # The weights show `dtype` as theirs, and so that is what the model computes in.
     patcher.model.manual_cast_dtype = None
     patcher = for_packed_weights(patcher)
-    patcher.cached_patcher_init = (load_model, (os.fspath(path), compute_dtype, modulation_cache))
-    logger.info("%s: %s", os.path.basename(file.path), _summary(file, matched, dtype))
+    arguments = (os.fspath(path), compute_dtype, modulation_cache, matrix_mult)
+    patcher.cached_patcher_init = (functools.partial(load_model, int8_even_if_slower=int8_even_if_slower), arguments)
+    name = os.path.basename(file.path)
+    logger.info("%s: %s", name, _summary(file, matched, dtype))
+    if matrix_mult == "int8" and (reason := int8.install(patcher, dtype, int8_even_if_slower)):
+        logger.warning("%s: its matrix products are exact, not int8: %s", name, reason)
     if modulation_cache:
         modulation.install(patcher)
         saved = modulation.mapped_bytes(patcher.model)

@@ -7,8 +7,20 @@ from comfy.ops import cast_bias_weight, manual_cast, uncast_bias_weight
 
 from ..kernels import packed_linear
 from ..quant_types import QUANT_TYPES
+from ..weights.int8_linear import int8_linear, packed_int8_linear
 from ..weights.layout import is_packed, linear
 from .low_rank import LowRank
+
+
+class Int8Products:
+    """Whether a model's linears of its type multiply in int8; one for all of them.
+
+    Attributes:
+        on: False while something needs the exact products.
+    """
+
+    def __init__(self):
+        self.on = True
 
 
 class _FromFile:
@@ -21,6 +33,7 @@ class _FromFile:
         self.register_parameter("weight", None)
         self.register_parameter("bias", None)
         self.low_rank: LowRank | None = None
+        self.int8: Int8Products | None = None  # where the weight has the scales of its int8 rows
         self.stays_mapped = False  # on no device: each use takes the weight from where the file is mapped
         # What ComfyUI's dynamic VRAM casts a dense parameter to.
         self.weight_comfy_model_dtype = dtype
@@ -68,19 +81,32 @@ class GGUFOps(manual_cast):
             self._own_nothing(dtype)
 
         def forward_comfy_cast_weights(self, input):
+            in_int8 = self.int8 is not None and self.int8.on and not torch.is_grad_enabled()
             taken_apart = torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad)
-            output = self._by_itself(input) if taken_apart else super().forward_comfy_cast_weights(input)
+            if taken_apart and self._is_at_hand():
+                output = self._by_itself(input, in_int8)
+            elif taken_apart or in_int8:
+                output = self._cast(input, int8_linear if in_int8 else linear)
+            else:
+                output = super().forward_comfy_cast_weights(input)
             return output if self.low_rank is None else self.low_rank.add_to(output, input)
 
-        def _by_itself(self, input):
+        def _is_at_hand(self):
+            """Whether the weight is packed, unpatched, and not where dynamic VRAM has it (_v)."""
+            return is_packed(self.weight) and not (self.weight_function or self.bias_function or hasattr(self, "_v"))
+
+        def _by_itself(self, input, in_int8):
             """The same for torch.compile and autograd, which take torch's linear apart before a packed one answers."""
-            # dynamic VRAM has a place (_v) of its own for the weight
-            if is_packed(self.weight) and not (self.weight_function or self.bias_function or hasattr(self, "_v")):
-                bias = None if self.bias is None else self.bias.to(input.device, input.dtype)
-                packed = self.weight._qdata.to(input.device)
-                return packed_linear(input, packed, QUANT_TYPES[self.weight._params.quant_type], bias)
+            bias = None if self.bias is None else self.bias.to(input.device, input.dtype)
+            packed, params = self.weight._qdata.to(input.device), self.weight._params
+            if in_int8 and params.scale is not None:
+                scales = params.scale.to(input.device)
+                return packed_int8_linear(input, packed, QUANT_TYPES[params.quant_type], scales, bias)
+            return packed_linear(input, packed, QUANT_TYPES[params.quant_type], bias)
+
+        def _cast(self, input, product):
             weight, bias, stream = cast_bias_weight(self, input, offloadable=True)
-            output = linear(input, weight, bias)
+            output = product(input, weight, bias)
             uncast_bias_weight(self, weight, bias, stream)
             return output
 

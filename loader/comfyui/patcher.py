@@ -22,6 +22,7 @@ from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic, move_weight_functions, wipe_lowvram_weight
 
 from ..weights.layout import is_packed
+from .int8 import scale_bytes
 from .low_rank import LowRank, low_rank
 from .modulation import mapped_bytes, mapped_linears, table_of
 
@@ -55,7 +56,8 @@ class _PackedWeightPatching:
 
     def model_size(self):
         if self.size <= 0:
-            self.size = comfy.model_management.module_size(self.model) - mapped_bytes(self.model)
+            size = comfy.model_management.module_size(self.model) + scale_bytes(self.model)
+            self.size = size - mapped_bytes(self.model)
         return self.size
 
     def _load_list(self, *args, **kwargs):
@@ -75,7 +77,7 @@ class _PackedWeightPatching:
             self._module_of(key).low_rank = factors
         with self._packed_patches_as_functions(without=beside, but_not=dense):
             super().load(device_to, lowvram_model_memory, *args, full_load=full_load, **kwargs)
-        self.model.model_loaded_weight_memory += size + sum(dense.values())
+        self.model.model_loaded_weight_memory += size + sum(dense.values()) + scale_bytes(self.model)
 
     def partially_unload(self, *args, **kwargs):
         with self._packed_patches_as_functions(without=self.patches):

@@ -53,14 +53,11 @@ def linear(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bia
     rows = packed.shape[0]
     x = input.reshape(-1, columns)
     out = x.new_empty(x.shape[0], rows)
-    dequantize_into = row_dequantizer(quant_type)
 
-    def multiply(start: int, stop: int) -> None:
-        weights = _tile((stop - start) * columns).view(-1, columns)
-        dequantize_into(packed[start:stop], weights)
+    def multiply(start: int, stop: int, weights: torch.Tensor) -> None:
         torch.mm(x, weights.to(x.dtype).t(), out=out[:, start:stop])
 
-    in_tiles(multiply, rows, TILE_BYTES // (4 * columns))
+    in_dequantized_tiles(multiply, packed, quant_type)
     if bias is not None:
         out += bias
     return out.view(*input.shape[:-1], rows)
@@ -109,14 +106,11 @@ def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) 
     rows = packed.shape[0]
     columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
     out = _in_large_pages(rows, columns, dtype)
-    dequantize_into = row_dequantizer(quant_type)
 
-    def unpack(start: int, stop: int) -> None:
-        tile = _tile((stop - start) * columns).view(-1, columns)
-        dequantize_into(packed[start:stop], tile)
+    def unpack(start: int, stop: int, tile: torch.Tensor) -> None:
         out[start:stop] = tile
 
-    in_tiles(unpack, rows, TILE_BYTES // (4 * columns))
+    in_dequantized_tiles(unpack, packed, quant_type)
     return out
 
 
@@ -160,6 +154,26 @@ def _tile(elements: int) -> torch.Tensor:
     if tile is None or tile.numel() < elements:
         tile = _local.tile = torch.empty(elements, dtype=torch.float32)
     return tile[:elements]
+
+
+def in_dequantized_tiles(
+    work: Callable[[int, int, torch.Tensor], object], packed: torch.Tensor, quant_type: QuantType
+) -> None:
+    """Calls ``work(start, stop, weights)`` for tiles of rows, as `in_tiles` does.
+
+    Args:
+        work: may change ``weights``, ``(stop - start, columns) float32``, which are the thread's, and not keep them.
+        packed: ``(rows, row_bytes) uint8``, rows contiguous.
+    """
+    columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
+    dequantize_into = row_dequantizer(quant_type)
+
+    def take(start: int, stop: int) -> None:
+        weights = _tile((stop - start) * columns).view(-1, columns)
+        dequantize_into(packed[start:stop], weights)
+        work(start, stop, weights)
+
+    in_tiles(take, packed.shape[0], TILE_BYTES // (4 * columns))
 
 
 def in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> None:

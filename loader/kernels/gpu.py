@@ -94,6 +94,59 @@ def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) 
         return _dense(packed, quant_type, dtype, torch.empty)
 
 
+def has_triton(device: torch.device) -> bool:
+    """Whether Triton may be tried on a device; whether it works there, its first launch says."""
+    return device.type in _TRITON_DEVICES and device not in _without_triton and _triton_kernels() is not None
+
+
+def group_maxima(packed: torch.Tensor, quant_type: QuantType) -> torch.Tensor:
+    """The largest magnitude of each group of 256 neighbours after rotation, see ``int8``.
+
+    Args:
+        packed: ``(rows, row_bytes) uint8`` on a GPU, rows of whole groups.
+
+    Returns:
+        ``(rows, groups) float32``.
+
+    Raises:
+        RuntimeError: Triton does not work on the device.
+    """
+    groups = packed.shape[1] // quant_type.type_size * quant_type.block_size // 256
+    out = torch.empty(len(packed), groups, dtype=torch.float32, device=packed.device)
+    _launch_rotation(out, packed, quant_type, None)
+    return out
+
+
+def int8_weight(
+    packed: torch.Tensor, quant_type: QuantType, scales: torch.Tensor, *, reuse_buffer: bool = True
+) -> torch.Tensor:
+    """``(rows, columns) int8``: the rotated weight in steps of its rows' scales, in one launch.
+
+    Args:
+        packed: ``(rows, row_bytes) uint8`` on a GPU, rows of whole groups of 256.
+        scales: ``(rows,) float32`` on its device.
+        reuse_buffer: whether it may be written where the last dense weight was.
+
+    Raises:
+        RuntimeError: Triton does not work on the device.
+    """
+    new = _buffer if reuse_buffer and not _is_captured(packed.device) else torch.empty
+    columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
+    out = new((len(packed), columns), dtype=torch.int8, device=packed.device)
+    _launch_rotation(out, packed, quant_type, scales)
+    return out
+
+
+def _launch_rotation(
+    out: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, scales: torch.Tensor | None
+) -> None:
+    with _current(packed.device):
+        kernels = _kernels(quant_type, packed.device)
+        launch = kernels and functools.partial(kernels.rotate_into, out, packed.contiguous(), quant_type, scales)
+        if not (launch and _launched(launch, packed.device)):
+            raise RuntimeError(f"Triton does not work on {packed.device}, and int8 products need it there.")
+
+
 def _dense(
     packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype, new: Callable[..., torch.Tensor]
 ) -> torch.Tensor:

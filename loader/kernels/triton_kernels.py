@@ -1,4 +1,5 @@
-"""Two kernels over the formulas: dequantize a packed weight in one launch, and multiply a few rows with it.
+"""Three kernels over the formulas: a packed weight dequantized, or rotated and rounded to int8, in one launch, and a
+few rows multiplied with it.
 
 The formula is a compile-time argument, so each type has kernels of its own, with no branch on data. No launch waits
 for the device. Importing this module imports Triton.
@@ -22,6 +23,10 @@ FEW_ROWS = 16
 
 # Weights of a program of the dequantizing kernel: 64 for each thread of four warps, which share the work on a scale.
 DEQUANTIZED_AT_ONCE = 8192
+
+# Neighbours that the rotating kernel takes together, see ``int8.py``, and the weights of a program of it.
+GROUP = 256
+ROTATED_AT_ONCE = 4096
 
 # Tile of the multiplying kernel: rows of the weight, at most, and weights of each; and sums of a thread.
 WEIGHT_ROWS, WEIGHT_COLUMNS = 8, 256
@@ -116,6 +121,37 @@ def linear_into(
     )
 
 
+def rotate_into(out: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, scales: torch.Tensor | None) -> None:
+    """Turn a weight into ``int8.rotated``'s, in steps of its rows' scales; or find each group's largest magnitude.
+
+    Args:
+        out: ``(rows, columns) int8``, contiguous; without ``scales`` ``(rows, columns / 256) float32``.
+        packed: ``(rows, row_bytes) uint8``, contiguous, rows of whole groups, on ``out``'s device, the current one.
+        quant_type: one of ``FORMULAS``.
+        scales: ``(rows,) float32``, or None.
+    """
+    formula = FORMULAS[quant_type.name]
+    groups = packed.numel() // quant_type.type_size * quant_type.block_size // GROUP
+    tile, options = rotate_tile(quant_type)
+    rotate_kernel[(triton.cdiv(groups, tile["GROUPS"]),)](
+        out,
+        packed,
+        formula.table(packed.device),
+        scales,
+        groups,
+        groups // max(1, len(packed)),
+        WEIGHTS=formula.weights,
+        **tile,
+        **options,
+    )
+
+
+def rotate_tile(quant_type: QuantType) -> tuple[dict[str, int], dict[str, int]]:
+    """What a program of the rotating kernel takes: its constants, and the options of its launch."""
+    sizes = {"BLOCK_SIZE": quant_type.block_size, "TYPE_SIZE": quant_type.type_size}
+    return sizes | {"GROUPS": ROTATED_AT_ONCE // GROUP}, {"num_warps": 4}
+
+
 def dequantize_tile(quant_type: QuantType, n_blocks: int) -> tuple[dict[str, int], dict[str, int]]:
     """What a program of the dequantizing kernel takes: its constants, and the options of its launch.
 
@@ -166,6 +202,58 @@ def dequantize_kernel(
     weights = WEIGHTS(packed + first * TYPE_SIZE + tl.arange(0, BLOCKS) * TYPE_SIZE, table)
     weights = tl.reshape(weights, (BLOCKS * BLOCK_SIZE,)).to(out.dtype.element_ty)
     tl.store(out + first * BLOCK_SIZE + tl.arange(0, BLOCKS * BLOCK_SIZE), weights)
+
+
+@triton.jit
+def _rotated(x):
+    """``[N, 256]``: each row times 16 Hadamard matrices, the sums in the order of ``int8.rotated``.
+
+    Each round takes the neighbours of four, and leaves them 64 apart: after four rounds all are where they were.
+    """
+    for _ in tl.static_range(4):
+        even, odd = tl.split(tl.reshape(x, (x.shape[0], 64, 2, 2)))
+        p, q = tl.split(even + odd)
+        m, n = tl.split(even - odd)
+        fours = tl.reshape(tl.join(tl.join(p + n, m + q), tl.join(p - n, q - m)), (x.shape[0], 64, 4))
+        x = tl.reshape(tl.permute(fours, (0, 2, 1)), (x.shape[0], 256))
+    return x
+
+
+@triton.jit(do_not_specialize=["groups", "row_groups"])
+def rotate_kernel(
+    out,
+    packed,
+    table,
+    scales,
+    groups,
+    row_groups,
+    WEIGHTS: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TYPE_SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
+):
+    """A program turns ``GROUPS`` neighbours of 256 weights; the last one reads its last block again instead of what is beyond.
+
+    The magnitude's largest bits are found as integers, so that a NaN is the largest. The smallest of ±127 and the
+    product lies between that and the addition that rounds it: no compiler can make one multiply-add of both.
+    """
+    BLOCKS: tl.constexpr = GROUPS * 256 // BLOCK_SIZE
+    first = tl.program_id(0).to(tl.int64) * GROUPS
+    rest = tl.minimum(groups - first, GROUPS).to(tl.int32)
+    block = tl.minimum(tl.arange(0, BLOCKS), rest * (256 // BLOCK_SIZE) - 1)
+    weights = WEIGHTS(packed + (first * (256 // BLOCK_SIZE) + block) * TYPE_SIZE, table)
+    rotated = _rotated(tl.reshape(weights, (GROUPS, 256))) * 0.0625
+    group = tl.arange(0, GROUPS)
+    inside = group < rest
+    if scales is None:
+        magnitude = tl.max(rotated.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+        tl.store(out + first + group, magnitude.to(tl.float32, bitcast=True), mask=inside)
+    else:
+        scale = tl.load(scales + (first + group) // row_groups, mask=inside, other=1.0)
+        steps = rotated * tl.div_rn(1.0, scale)[:, None]
+        steps = tl.minimum(tl.maximum(steps, -127.0), 127.0) + 12582912.0  # 1.5 · 2²³: its last bits are a whole number
+        place = first * 256 + group[:, None] * 256 + tl.arange(0, 256)[None, :]
+        tl.store(out + place, steps.to(tl.int32, bitcast=True).to(tl.int8), mask=inside[:, None])
 
 
 @triton.jit(do_not_specialize=["input_rows", "weight_rows", "row_blocks"])

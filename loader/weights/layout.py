@@ -6,12 +6,13 @@ Storage
 Parameters
     ``quant_type`` names the entry of ``QUANT_TYPES`` that holds the formula. ``orig_dtype`` is the
     compute type: a weight whose dtype is that of the input is multiplied as it is, without a dense copy.
-    GGUF blocks hold their own scales, so ``scale`` is None and only ``_qdata`` moves between devices.
+    GGUF blocks hold their own scales: ``scale`` is None, and only ``_qdata`` moves between devices; or it is those of
+    the rows in int8 (``int8_linear.py``), ``(out_features,) float32``, which move with it and change no weight.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class, register_layout_op
@@ -30,7 +31,7 @@ class GGUFParams(BaseLayoutParams):
     quant_type: str = ""
 
     def _tensor_fields(self) -> list[str]:
-        return []
+        return [] if self.scale is None else ["scale"]
 
 
 class GGUFLayout(QuantizedLayout):
@@ -99,6 +100,11 @@ def pack(qdata: torch.Tensor, quant_type: str, shape: tuple[int, ...], dtype: to
     row_bytes = QUANT_TYPES[quant_type].row_bytes(shape[-1])
     params = GGUFParams(scale=None, orig_dtype=dtype, orig_shape=tuple(shape), quant_type=quant_type)
     return QuantizedTensor(qdata.reshape(-1, row_bytes), LAYOUT_NAME, params)
+
+
+def with_scales(weight: QuantizedTensor, scales: torch.Tensor) -> QuantizedTensor:
+    """A packed weight, its memory shared, with the scales of its int8 rows ``(out_features,) float32``."""
+    return QuantizedTensor(weight._qdata, LAYOUT_NAME, replace(weight._params, scale=scales))
 
 
 def is_packed(tensor: object) -> bool:

@@ -19,9 +19,9 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).resolve().parent
-SOURCES = ("dequantize.c", "quantize.c")
+SOURCES = ("dequantize.c", "quantize.c", "rotate.c")
 
-# The address of what is read, that of what is written, and how many blocks there are.
+# The address of what is read, that of what is written, and how many blocks, or groups, there are.
 Function = Callable[[int, int, int], None]
 
 

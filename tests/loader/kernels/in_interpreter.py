@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from auraflow_gguf.loader.kernels import cpu, gpu, packed_linear, triton_kernels
+from auraflow_gguf.loader.kernels import cpu, gpu, int8, packed_linear, triton_kernels
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from triton.runtime import interpreter
 
@@ -93,6 +93,33 @@ def test_any_alignment(name):
     assert torch.equal(bits(dequantize(name, shifted, torch.float32)), bits(QUANT_TYPES[name].dequantize(packed)))
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_rotated_bits(name):
+    """Scales, and int8 into the middle of a longer tensor, whose ends must stay as they are."""
+    rows, groups = 7, 5  # two programs, and a part of one
+    quant_type, margin = QUANT_TYPES[name], 64
+    packed = small_weights(name, rows, groups * 256 // quant_type.block_size)
+    expected = int8.rotated(quant_type.dequantize(packed))
+    scales = int8.scales_of(expected)
+    maxima = torch.full((rows * groups + margin,), torch.pi)
+    triton_kernels.rotate_into(maxima[:-margin].view(rows, groups), packed, quant_type, None)
+    assert torch.equal(int8.scales_of_maxima(maxima[:-margin].view(rows, groups).amax(1)), scales)
+    out = torch.full((expected.numel() + 2 * margin,), 77, dtype=torch.int8)
+    triton_kernels.rotate_into(out[margin:-margin].view(expected.shape), packed, quant_type, scales)
+    rounded = int8.rounded_(expected, scales)
+    assert torch.equal(out[margin:-margin].view(expected.shape), rounded.to(torch.int8))
+    assert (maxima[-margin:] == torch.tensor(torch.pi)).all()
+    assert (torch.cat((out[:margin], out[-margin:])) == 77).all()
+
+
+def test_a_nan_is_the_largest_magnitude():
+    packed = small_weights("Q8_0", 2, 8)
+    packed[1, 34:36] = 255
+    scales = int8.scales_of_maxima(gpu.group_maxima(packed, QUANT_TYPES["Q8_0"]).amax(1))
+    assert scales[0].isfinite()
+    assert scales[1].isnan()
+
+
 def check_product(ours, input, packed, name, bias):
     """Against float64: as close as float32 sums in any order are, and rounded once to the compute type."""
     weight = QUANT_TYPES[name].dequantize(packed, input.dtype).double()
@@ -169,6 +196,20 @@ def test_gradients_are_those_of_the_weight_that_was_used():
     packed_linear(input.detach(), second, QUANT_TYPES["Q4_K"])
     out.sum().backward()
     assert torch.equal(input.grad[0], QUANT_TYPES["Q4_K"].dequantize(first).sum(0))
+
+
+def test_int8_weights_share_the_buffer_of_dense_ones(monkeypatch):
+    monkeypatch.setattr(gpu, "_buffers", threading.local())
+    packed = small_weights("Q4_K", 4, 2)
+    expected = int8.rotated(QUANT_TYPES["Q4_K"].dequantize(packed))
+    scales = int8.scales_of(expected)
+    gpu.linear(torch.randn(20, 512), packed, QUANT_TYPES["Q4_K"], None)
+    (buffer,) = gpu._buffers.by_stream.values()
+    weight = gpu.int8_weight(packed, QUANT_TYPES["Q4_K"], scales)
+    assert weight.data_ptr() == buffer.data_ptr()
+    assert torch.equal(weight, int8.rounded_(expected, scales).to(torch.int8))
+    apart = gpu.int8_weight(packed, QUANT_TYPES["Q4_K"], scales, reuse_buffer=False)
+    assert apart.data_ptr() != buffer.data_ptr()
 
 
 @pytest.mark.usefixtures("_on_a_gpu")

@@ -35,6 +35,8 @@ CARDS = {
     )
 }
 DTYPES = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16}
+MAXIMA = "maxima"
+ROTATED = ("*i8", MAXIMA)
 FEW_ROWS = (1, 2, 4, 8, 16)  # that the multiplying kernel is compiled for
 MANY_BLOCKS = 1 << 20  # as a weight has
 
@@ -77,12 +79,18 @@ def compiled(card: str, type_name: str, dtype: str, input_rows: int = 0, *, bias
     Args:
         card: one of `CARDS`.
         type_name: of the packed weight.
-        dtype: of ``out`` and of the input, one of `DTYPES`.
-        input_rows: of the multiplying kernel; 0 for the dequantizing one.
+        dtype: of ``out`` and of the input, one of `DTYPES`; ``"*i8"`` for the rotating kernel, and ``MAXIMA`` for the
+            same when it looks for scales.
+        input_rows: of the multiplying kernel; 0 for the others.
         bias: whether that adds one.
     """
     target, formula = CARDS[card], triton_kernels.FORMULAS[type_name]
-    if input_rows:
+    if dtype in ROTATED:
+        kernel = triton_kernels.rotate_kernel
+        constants, options = triton_kernels.rotate_tile(QUANT_TYPES[type_name])
+        constants |= {"scales": None} if dtype == MAXIMA else {}
+        dtype = "*fp32" if dtype == MAXIMA else dtype
+    elif input_rows:
         kernel = triton_kernels.linear_kernel
         constants, options = triton_kernels.linear_tile(QUANT_TYPES[type_name], input_rows)
     else:
@@ -91,7 +99,7 @@ def compiled(card: str, type_name: str, dtype: str, input_rows: int = 0, *, bias
     constants = {"WEIGHTS": formula.weights, **constants}
     constants |= {} if formula.grid else {"table": None}
     constants |= {} if bias or not input_rows else {"bias": None}
-    types = {"out": dtype, "input": dtype, "bias": dtype, "packed": "*u8", "table": "*i8"}
+    types = {"out": dtype, "input": dtype, "bias": dtype, "packed": "*u8", "table": "*i8", "scales": "*fp32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     aligned = {
         (place,): [["tt.divisibility", 16]]
@@ -124,5 +132,5 @@ def _of_amd(asm: dict) -> MachineCode:
         return int(re.search(rf"^\s*\.{key}:\s+(\d+)", text, re.MULTILINE)[1])
 
     spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count")) + number("private_segment_fixed_size")
-    names = re.findall(r"^\t([a-z]\w+)", text.partition("s_endpgm")[0], re.MULTILINE)
+    names = re.findall(r"^\t([a-z]\w+)", text.rpartition("s_endpgm")[0], re.MULTILINE)
     return MachineCode(text, number("vgpr_count"), spilled, Counter(names))

@@ -1,0 +1,181 @@
+"""A packed weight as rotated int8 with one scale a row, and on CPUs its product with int8 activations.
+
+A row of a weight and a token have the same product when both are turned by one orthogonal matrix. ConvRot's (as in
+``comfy_kitchen.tensor.int8_utils``) spreads what stands out over 256 neighbours, so that a row, or a token, can share
+one scale: a Hadamard matrix of 256, ``H4 ⊗ H4 ⊗ H4 ⊗ H4 / 16``, symmetric, with ::
+
+    H4 = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
+
+**Exactness.** The sums are taken in the order of `rotated`, in float32, everywhere; a factor 1/16 does not round, and
+the rounding to integers is to nearest, ties to even. So torch, C and Triton give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+
+from ..quant_types import QuantType
+from . import cpu, gpu, native
+
+GROUP = 256
+"""Neighbours that are rotated together: a row is a whole number of groups."""
+
+TINY = 1e-30
+"""The least scale, of rows of zeros, as in comfy-kitchen."""
+
+# Fewer rows of input cost more to turn into int8 than their product does.
+FEW_ROWS = 16
+
+
+def rotated(weights: torch.Tensor) -> torch.Tensor:
+    """``(…, n · 256) float32``: each group times the Hadamard matrix of 256.
+
+    The sums of four neighbours are taken first, then of four that are 4, 16 and 64 apart.
+    """
+    x = weights.reshape(-1, 16, 16)
+    for _ in range(2):
+        x = x.transpose(1, 2).contiguous()  # neighbours are 16 apart now, and sums of many at a time are fast
+        for stride in (16, 64):
+            a, b, c, d = x.view(-1, 4, stride).unbind(1)
+            p, m, q, n = a + b, a - b, c + d, c - d
+            x = torch.stack((p + n, p - n, m + q, q - m), 1)
+        x = x.view(-1, 16, 16)
+    return x.mul_(1 / 16).view(weights.shape)
+
+
+def scales_of(rows: torch.Tensor) -> torch.Tensor:
+    """``(rows, columns) float32`` → ``(rows,) float32``: what an int8 step of each is worth."""
+    return scales_of_maxima(rows.abs().amax(1))
+
+
+def scales_of_maxima(maxima: torch.Tensor) -> torch.Tensor:
+    """The same of the largest magnitudes."""
+    return (maxima / 127).clamp_(min=TINY)
+
+
+def rounded_(rows: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """``(rows, columns) float32`` in place, as multiples of each row's scale: whole numbers of at most ±127."""
+    return rows.mul_(scales.reciprocal()[:, None]).clamp_(-127, 127).round_()
+
+
+def can_be_int8(quant_type: QuantType, columns: int) -> bool:
+    """Whether a weight of rows of this type and length can be turned into int8 with profit."""
+    return quant_type.block_size > 1 and columns % GROUP == 0
+
+
+def refused_by_cpu() -> str | None:
+    """Why int8 products would be slower than float32 ones on this CPU, or None."""
+    if not _has_int8_products():
+        return "the CPU has no int8 products (AMX or AVX-512 VNNI)"
+    if _rotate_in_c() is None:
+        return "the C for CPUs is not compiled: run `python cli.py compile` in the pack's folder, and restart ComfyUI"
+    return None
+
+
+def _has_int8_products() -> bool:
+    names = ("_is_amx_tile_supported", "_is_vnni_supported")  # AVX-512's VNNI; older versions of torch lack some
+    return hasattr(torch, "_int_mm") and any(getattr(torch.cpu, name, bool)() for name in names)
+
+
+def refused_by_gpu(device: torch.device) -> str | None:
+    """Why a weight cannot be turned into int8 in one launch on a GPU, or None."""
+    return None if gpu.has_triton(device) else "Triton does not work there"
+
+
+def row_scales(packed: torch.Tensor, quant_type: QuantType) -> torch.Tensor:
+    """The scales of a weight's rows, in one pass over it.
+
+    Args:
+        packed: ``(rows, row_bytes) uint8``.
+        quant_type: one for which `can_be_int8`.
+
+    Returns:
+        ``(rows,) float32`` on ``packed``'s device.
+
+    Raises:
+        RuntimeError: on a GPU where Triton does not work.
+    """
+    if packed.device.type != "cpu":
+        return scales_of_maxima(gpu.group_maxima(packed, quant_type).amax(1))
+    scales = torch.empty(len(packed), dtype=torch.float32)
+
+    def find(start: int, stop: int, rows: torch.Tensor) -> None:
+        scales[start:stop] = scales_of(_rotated_tile(rows))
+
+    cpu.in_dequantized_tiles(find, packed, quant_type)
+    return scales
+
+
+def int8_weight(
+    packed: torch.Tensor, quant_type: QuantType, scales: torch.Tensor, *, reuse_buffer: bool = True
+) -> torch.Tensor:
+    """``(rows, columns) int8``: the rotated weight in steps of its rows' scales.
+
+    Args:
+        packed: ``(rows, row_bytes) uint8``.
+        scales: ``(rows,) float32`` on its device.
+        reuse_buffer: on a GPU, whether it may be written where the last dense weight was.
+
+    Raises:
+        RuntimeError: on a GPU where Triton does not work.
+    """
+    if packed.device.type != "cpu":
+        return gpu.int8_weight(packed, quant_type, scales, reuse_buffer=reuse_buffer)
+    columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
+    out = torch.empty(len(packed), columns, dtype=torch.int8)
+
+    def turn(start: int, stop: int, rows: torch.Tensor) -> None:
+        out[start:stop] = rounded_(_rotated_tile(rows), scales[start:stop])
+
+    cpu.in_dequantized_tiles(turn, packed, quant_type)
+    return out
+
+
+def linear_on_cpu(
+    input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, scales: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """The product of int8 activations, a scale for each token, with the rotated int8 weight, as comfy-kitchen's.
+
+    Where the CPU has no int8 products, which is slow, the whole numbers are multiplied as float32.
+
+    Args:
+        input: ``(…, in_features)``, any float dtype.
+        packed: ``(out_features, row_bytes) uint8``.
+        scales: ``(out_features,) float32``, those of `row_scales`.
+        bias: ``(out_features,)`` or None.
+
+    Returns:
+        ``(…, out_features)`` in ``input``'s dtype.
+    """
+    in_float = not _has_int8_products()
+    x = rotated(input.reshape(-1, input.shape[-1]).float())
+    x_scales = scales_of(x)
+    x = rounded_(x, x_scales)
+    x = x if in_float else x.to(torch.int8)
+    out = input.new_empty(len(x), len(packed))
+
+    def multiply(start: int, stop: int, rows: torch.Tensor) -> None:
+        weights = rounded_(_rotated_tile(rows), scales[start:stop])
+        sums = x @ weights.t() if in_float else torch._int_mm(x, weights.to(torch.int8).t()).float()
+        out[:, start:stop] = sums.mul_(x_scales[:, None] * scales[start:stop])
+
+    cpu.in_dequantized_tiles(multiply, packed, quant_type)
+    if bias is not None:
+        out += bias
+    return out.view(*input.shape[:-1], len(packed))
+
+
+def _rotated_tile(rows: torch.Tensor) -> torch.Tensor:
+    """`rotated`, in the tile's own memory where there is C for it."""
+    in_c = _rotate_in_c()
+    if in_c is None:
+        return rotated(rows)
+    in_c(rows.data_ptr(), rows.data_ptr(), rows.numel() // GROUP)
+    return rows
+
+
+@functools.cache
+def _rotate_in_c() -> native.Function | None:
+    return native.function("rotate.c", "rotate_256")

@@ -1,0 +1,100 @@
+"""Rotated int8 weights: comfy-kitchen's rotation, one scale a row, the same bits in C, and the product's error."""
+
+import pytest
+import torch
+from auraflow_gguf.loader.kernels import int8, native
+from auraflow_gguf.loader.kernels.native import build
+from auraflow_gguf.loader.quant_types import QUANT_TYPES
+from comfy_kitchen.backends.eager.quantization import quantize_int8_convrot_weight, quantize_int8_rowwise
+from comfy_kitchen.tensor.int8_utils import _build_hadamard
+
+from ..quant_types.blocks import random_blocks
+
+COLUMNS = 768
+TYPES = ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_XS"]
+
+
+def rows_of(name: str, rows: int = 43) -> torch.Tensor:
+    return torch.from_numpy(random_blocks(name, rows * COLUMNS // QUANT_TYPES[name].block_size)).view(rows, -1)
+
+
+@pytest.fixture(params=["c", "torch"])
+def engine(request, monkeypatch):
+    if request.param == "c":
+        if build._compiler() is None:
+            pytest.skip("no C compiler here")
+        build.build()
+        native._library.cache_clear()
+    else:
+        monkeypatch.setattr(native, "function", lambda source, name: None)
+    int8._rotate_in_c.cache_clear()
+    yield request.param
+    int8._rotate_in_c.cache_clear()
+    native._library.cache_clear()
+
+
+def test_the_rotation_is_that_of_comfy_kitchen():
+    basis = int8.rotated(torch.eye(256))
+    assert torch.equal(basis, _build_hadamard(256))
+    twice = int8.rotated(int8.rotated(torch.arange(512.0)))
+    assert torch.equal(twice, torch.arange(512.0))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_scales_and_weights(engine, name):
+    assert (int8._rotate_in_c() is not None) == (engine == "c")
+    packed, quant_type = rows_of(name), QUANT_TYPES[name]
+    expected = int8.rotated(quant_type.dequantize(packed))
+    scales = int8.row_scales(packed, quant_type)
+    assert torch.equal(scales, expected.abs().amax(1) / 127)
+    weight = int8.int8_weight(packed, quant_type, scales)
+    assert weight.dtype == torch.int8
+    assert torch.equal(weight, int8.rounded_(expected.clone(), scales).to(torch.int8))
+    assert (weight.abs().amax(1) == 127).all()
+    assert ((weight * scales[:, None] - expected).abs() <= 0.5001 * scales[:, None]).all()
+    kitchen, kitchen_scales = quantize_int8_convrot_weight(quant_type.dequantize(packed), 256)
+    torch.testing.assert_close(scales[:, None], kitchen_scales)
+    assert (weight != kitchen).float().mean() < 1e-3  # other sums round elsewhere
+    assert (weight.int() - kitchen.int()).abs().max() <= 1
+
+
+def test_rows_of_zeros_and_of_nan():
+    packed = torch.zeros(3, QUANT_TYPES["Q8_0"].row_bytes(COLUMNS), dtype=torch.uint8)
+    packed[2, :2] = 255  # a scale that is NaN
+    scales = int8.row_scales(packed, QUANT_TYPES["Q8_0"])
+    assert torch.equal(scales[:2], torch.full((2,), int8.TINY))
+    out = int8.linear_on_cpu(torch.ones(20, COLUMNS), packed, QUANT_TYPES["Q8_0"], scales, None)
+    assert torch.equal(out[:, :2], torch.zeros(20, 2))
+    assert out[:, 2].isnan().all()
+
+
+@pytest.mark.parametrize("has_int8", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_product_is_that_of_the_integers(monkeypatch, has_int8, dtype):
+    monkeypatch.setattr(int8, "_has_int8_products", lambda: has_int8)
+    packed, quant_type = rows_of("Q4_K"), QUANT_TYPES["Q4_K"]
+    generator = torch.Generator().manual_seed(0)
+    input = torch.randn(2, 13, COLUMNS, generator=generator).to(dtype)
+    bias = torch.randn(43, generator=generator).to(dtype)
+    scales = int8.row_scales(packed, quant_type)
+    out = int8.linear_on_cpu(input, packed, quant_type, scales, bias)
+    assert out.dtype == dtype
+    x, x_scales = quantize_int8_rowwise(int8.rotated(input.float()))
+    expected = (x.double() @ int8.int8_weight(packed, quant_type, scales).double().T) * x_scales.double()
+    expected = expected * scales + bias.double()
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(out.double(), expected, rtol=8 * eps, atol=8 * eps * expected.abs().max().item())
+
+
+def test_what_a_cpu_says_of_itself(monkeypatch):
+    monkeypatch.setattr(int8, "_rotate_in_c", lambda: print)
+    for name in ("_is_amx_tile_supported", "_is_vnni_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    assert "no int8 products" in int8.refused_by_cpu()
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True, raising=False)
+    assert int8.refused_by_cpu() is None
+    monkeypatch.setattr(int8, "_rotate_in_c", lambda: None)
+    assert "cli.py compile" in int8.refused_by_cpu()
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
+    monkeypatch.delattr(torch.cpu, "_is_vnni_supported")
+    assert "no int8 products" in int8.refused_by_cpu()
