@@ -340,10 +340,11 @@ TEMPLATES = (
     ),
     Template(
         "fit_to_a_size",
-        "AuraFlow fit to a size",
+        "AuraFlow tools fit to a size",
         {
-            "loader": node("UNETLoader", unet_name="auraflow-v0.3.safetensors", weight_dtype="default"),
+            "loader": node("UNETLoader", unet_name=CHECKPOINT, weight_dtype="default"),
             "sampling": _shift("loader"),
+            "clip": _packed_text_encoder(),
             **_texts(PROMPT),
             "latent": _empty(),
             "calibration": node(

@@ -232,7 +232,7 @@ def rotate_kernel(
     TYPE_SIZE: tl.constexpr,
     GROUPS: tl.constexpr,
 ):
-    """A program turns ``GROUPS`` neighbours of 256 weights; the last one reads its last block again instead of what is beyond.
+    """A program turns ``GROUPS`` neighbours of 256 weights; the last reads its last block again, not what is beyond.
 
     The magnitude's largest bits are found as integers, so that a NaN is the largest. The smallest of ±127 and the
     product lies between that and the addition that rounds it: no compiler can make one multiply-add of both.
