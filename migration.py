@@ -43,7 +43,7 @@ class Replacement:
     folders: tuple[str, ...]
 
 
-_DEFAULTS = {"compute_dtype": "auto", "modulation_cache": True}
+_DEFAULTS = {"compute_dtype": "auto", "modulation_cache": True, "matrix_mult": "exact"}
 _TRANSFORMER = {"part": "transformer", "folders": ("diffusion_models", "unet")}
 
 REPLACEMENTS = {

@@ -25,7 +25,7 @@ _VALUES = {
     "AuraFlowLoraLoader": {"lora_name": LORA},
     "LoadImageTextDataSetFromFolder": {"folder": PICTURES},
     "ResizeImagesByLongerEdge": {"longer_edge": 64},
-    "TrainLoraNode": {"steps": 1, "rank": 2, "training_dtype": "fp32", "lora_dtype": "fp32"},
+    "TrainLoraNode": {"steps": 2, "rank": 2, "training_dtype": "fp32", "lora_dtype": "fp32"},
 }
 
 

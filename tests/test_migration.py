@@ -43,7 +43,12 @@ def test_a_prompt():
     ]
     assert prompt["1"] == {
         "class_type": "AuraFlowGGUFLoader",
-        "inputs": {"model_name": "pony/v7-Q4_K_M.gguf", "compute_dtype": "auto", "modulation_cache": True},
+        "inputs": {
+            "model_name": "pony/v7-Q4_K_M.gguf",
+            "compute_dtype": "auto",
+            "modulation_cache": True,
+            "matrix_mult": "exact",
+        },
     }
     assert prompt["2"]["inputs"] == {"text_encoder_name": "t5-Q8_0.gguf"}
     assert {key: prompt[key] for key in "34"} == {key: PROMPT[key] for key in "34"}
@@ -67,9 +72,9 @@ def test_a_graph_with_a_subgraph():
         "UnetLoaderGGUF 3 becomes AuraFlowGGUFLoader",
         "UnetLoaderGGUFAdvanced 7 becomes AuraFlowGGUFLoader",
     ]
-    assert outside["widgets_values"] == ["other.gguf", "auto", True]
+    assert outside["widgets_values"] == ["other.gguf", "auto", True, "exact"]
     assert inside["type"] == "AuraFlowGGUFLoader"
-    assert inside["widgets_values"] == ["v7.gguf", "auto", True]
+    assert inside["widgets_values"] == ["v7.gguf", "auto", True, "exact"]
     assert inside["inputs"] == [{"name": "model_name", "type": "COMBO", "widget": {"name": "model_name"}, "link": None}]
     assert inside["outputs"] == [{"name": "MODEL", "type": "MODEL", "links": [1]}]
     assert inside["properties"] == {"Node name for S&R": "AuraFlowGGUFLoader"}
@@ -239,14 +244,15 @@ def test_nodes_in_older_group_nodes(sockets):
     group = graph["extra"]["groupNodes"]["mine"]
     loader, sampler, clip = group["nodes"]
     assert loader["type"] == "AuraFlowGGUFLoader"
-    assert loader["widgets_values"] == ["own.gguf", "auto", True]
+    assert loader["widgets_values"] == ["own.gguf", "auto", True, "exact"]
     assert [slot["name"] for slot in loader["inputs"]] == (["model_name"] if sockets else [])
     assert (clip["type"], clip["widgets_values"]) == ("AuraFlowGGUFTextEncoderLoader", ["own.gguf"])
     assert sampler["widgets_values"] == SAMPLER
     # the values of widgets that are inputs come last
     files = [node["widgets_values"] for node in graph["nodes"]]
     for values, file in zip(files, ("v7.gguf", "w.gguf"), strict=True):
-        expected = ["auto", True, file, *SAMPLER, "t5.gguf"] if sockets else [file, "auto", True, *SAMPLER, "t5.gguf"]
+        settings = ["auto", True, "exact"]
+        expected = [*settings, file, *SAMPLER, "t5.gguf"] if sockets else [file, *settings, *SAMPLER, "t5.gguf"]
         assert values == expected
     left = [slot["name"] for slot in graph["nodes"][0]["inputs"]]
     assert left == ["positive", "seed", "steps", "cfg", "sampler_name", "scheduler", "denoise"]
