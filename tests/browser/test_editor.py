@@ -133,6 +133,7 @@ def test_another_packs_loader_is_replaced(editor: Editor, server: Server) -> Non
         "model_name": cached_auraflow().name,
         "compute_dtype": "auto",
         "modulation_cache": True,
+        "matrix_mult": "exact",
     }
 
 

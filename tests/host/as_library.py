@@ -56,10 +56,12 @@ def main() -> dict[str, object]:
     (sampled,) = run("KSampler", denoise=1.0, **sampling)
     (collected,) = run("AuraFlowGGUFImportance", filename_prefix="library", **sampling)
     (calibrated,) = run("AuraFlowGGUFCalibration", filename_prefix="library", **sampling)
+    another = {"filename_prefix": "library", "continue_from": "library_00001_.safetensors"}
+    run("AuraFlowGGUFCalibration", **another, **sampling)
     (saved,) = run("AuraFlowGGUFSave", model=model, type="Q4_0", filename_prefix="diffusion_models/library")
     (converted,) = run("AuraFlowGGUFConvert", source="diffusion_models/model.gguf", type="Q4_0", output_name="made")
     measure_little()
-    calibration = "library_00001_.safetensors"
+    calibration = "library_00002_.safetensors"
     fitted, _ = run("AuraFlowGGUFFit", model=model, calibration=calibration, size=2.0, output_name="fitted", quick=True)
     (report,) = run("AuraFlowGGUFInspect", model_name="model.gguf")
     (clip,) = run("AuraFlowGGUFTextEncoderLoader", text_encoder_name="text.gguf")

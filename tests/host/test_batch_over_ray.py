@@ -53,6 +53,11 @@ def arguments(host, tmp_path):
     return arguments
 
 
+def _with_ctrl_c() -> None:
+    """Undo that what runs in a shell's background, and what that starts, ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Batch:
     """The script in a process of its own. A context manager, which leaves none of Ray's processes.
 
@@ -69,6 +74,7 @@ class Batch:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            preexec_fn=_with_ctrl_c if os.name == "posix" else None,
         )
         self.lines: list[str] = []
 
@@ -125,7 +131,7 @@ def one_process(jobs: list) -> dict[int, bytes]:
         clip = load_text_encoder(random_models.cached_text_encoder())
         for option in ("min_length", "min_padding"):
             clip.set_tokenizer_option(f"pile_t5xl_{option}", 1)
-        vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(random_models.cached_vae()))
+        vae = comfy.sd.VAE(sd=comfy.utils.load_torch_file(str(random_models.cached_vae())))
         texts = {text for job in jobs for text in (job.prompt, job.negative)}
         encoded = {text: CLIPTextEncode().encode(clip, text)[0] for text in texts}
         pixels = {}
