@@ -67,10 +67,10 @@ def packed_bytes(model) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("type_name", TYPES)
 def test_every_type_gives_the_output_of_its_dense_twin(folder, tmp_path, type_name):
-    one = {"tensor_types": [f"single_layers.1.attn.w1k.weight={type_name}"], "fixed": {"head_count": HEADS}}
+    one = {"tensor_types": [f"single_layers.1.mlp.c_fc1.weight={type_name}"], "fixed": {"head_count": HEADS}}
     convert(folder / "auraflow.safetensors", tmp_path / "a.gguf", "Q4_0", **one)
     model = load_diffusers_transformer(tmp_path / "a.gguf")
-    assert type_name == "F32" or model.single_transformer_blocks[1].attn.to_k.quant_type.name == type_name
+    assert type_name == "F32" or model.single_transformer_blocks[1].ff.linear_1.quant_type.name == type_name
     twin = AuraFlowTransformer2DModel.from_config(model.config)
     twin.load_state_dict(dense_state_dict(model))
     assert relative_error(run(model), run(twin)) < 1e-5
