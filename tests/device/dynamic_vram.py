@@ -33,6 +33,7 @@ import comfy_aimdo.torch
 import comfy_aimdo.vram_buffer
 import torch
 
+from . import host_on_device
 from .simulated import accelerator
 
 PAGE = 32 << 20  # comfy-aimdo's VBAR_PAGE_SIZE
@@ -290,7 +291,7 @@ _library = Library()
 
 @contextlib.contextmanager
 def dynamic_vram(chance: float = 0.0) -> Iterator[Library]:
-    """The host has dynamic VRAM, as its ``main.py`` switches it on, as long as the context lasts.
+    """The host has dynamic VRAM, as its ``main.py`` switches it on, as long as the context lasts; it ends unloaded.
 
     Args:
         chance: as in `Library`.
@@ -306,6 +307,7 @@ def dynamic_vram(chance: float = 0.0) -> Iterator[Library]:
     try:
         yield _library
     finally:
+        host_on_device.unload(comfy.model_management)  # while parameters can still be assigned
         patcher.CoreModelPatcher, memory.aimdo_enabled, _library.chance, data = before
         if data is None:
             del torch.nn.Parameter.data
