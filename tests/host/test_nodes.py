@@ -1,6 +1,7 @@
 """The loaders and the inspector in their host: what they list, what they give, when they run again."""
 
 import asyncio
+import inspect
 import os
 import shutil
 
@@ -156,3 +157,16 @@ def test_every_input_and_output_is_explained(pack_nodes):
         schema = node.define_schema()
         assert schema.description
         assert all(part.tooltip for part in (*schema.inputs, *schema.outputs)), schema.node_id
+
+
+def test_an_input_that_a_prompt_leaves_out_has_the_editors_value(pack_nodes, models):
+    seen = 0
+    for name, node in pack_nodes.items():
+        parameters = inspect.signature(node.execute).parameters
+        for given in node.define_schema().inputs:
+            default = parameters[given.id].default
+            if default is not inspect.Parameter.empty:
+                shown = given.options[0] if given.default is None else given.default
+                assert default == shown, (name, given.id)
+                seen += 1
+    assert seen > 10
