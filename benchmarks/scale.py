@@ -50,7 +50,7 @@ def measure() -> dict:
             for place in places:
                 total.update(_memory(int(re.search(r"process (\d+)", place)[1]), models[:2]))
             rows.append({"workers": workers, **total})
-            print(", ".join(f"{name} {size / 1e6:.0f}" for name, size in rows[-1].items()), flush=True)
+            print(f"{workers}:", ", ".join(f"{name} {size / 1e6:.0f}" for name, size in total.items()), flush=True)
             for actor in actors:
                 ray.kill(actor)
     finally:
