@@ -15,6 +15,7 @@ from ..loader.comfyui.model import load_model
 from ..tests.host.aura_files import make_gguf
 from ..tests.host.forward import CPU, forward
 from .load import full_size_file
+from .measure import peak_growth
 from .step import SETTING
 
 SETTING_TEXT = "the most that a process holds in a float32 step, over the file and what ComfyUI holds without it"
@@ -59,16 +60,11 @@ def _grown(path: Path) -> int:
 
 def in_this_process(path: str) -> int:
     """Bytes by which this process, with the host imported, grows at most while it loads a file and makes a step."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
-    before = _status("VmRSS")
-    with torch.inference_mode():
+
+    @torch.inference_mode()
+    def load_and_step() -> None:
         model = load_model(Path(path), torch.float32)
         model.patch_model(CPU)
         forward(model, **SETTING)
-    return _status("VmHWM") - before
 
-
-def _status(field: str) -> int:
-    """A size in bytes from the system's report on this process."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
+    return peak_growth(load_and_step)

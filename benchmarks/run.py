@@ -90,6 +90,18 @@ def _lora(types: tuple[str, ...], options: argparse.Namespace) -> dict:
     return {"setting": lora.SETTING_TEXT, "rows": lora.measure(options.pairs)}
 
 
+def _diffusers(types: tuple[str, ...], options: argparse.Namespace) -> dict:
+    from . import diffusers_door
+
+    return {"setting": diffusers_door.SETTING_TEXT, "rows": diffusers_door.measure(options.pairs, types)}
+
+
+def _scale(types: tuple[str, ...], options: argparse.Namespace) -> dict:
+    from . import scale
+
+    return {"setting": scale.SETTING_TEXT, **scale.measure()}
+
+
 def _convert(types: tuple[str, ...], options: argparse.Namespace) -> dict | None:
     from ..tests.ggml import Unavailable
     from . import convert
@@ -112,6 +124,8 @@ PARTS = {
     "modulation": _modulation,
     "compiled": _compiled,
     "lora": _lora,
+    "diffusers": _diffusers,
+    "scale": _scale,
     "convert": _convert,
 }
 """A function for each part, which gives its figures; their modules need ComfyUI on the import path."""

@@ -13,7 +13,18 @@ TIERS = ("lint", "unit", "interop", "host", "device", "server", "browser")
 OF_THE_NEWEST = ("interop", "host", "device", "server")
 """The tiers that depend on other projects' releases."""
 
-PARTS = ("load", "memory", "dequantize", "step", "modulation", "compiled", "lora", "convert")
+PARTS = (
+    "load",
+    "memory",
+    "dequantize",
+    "step",
+    "modulation",
+    "compiled",
+    "lora",
+    "diffusers",
+    "scale",
+    "convert",
+)
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_XS", "IQ4_NL", "Q3_K", "Q2_K", "BF16")
 RESULTS = ROOT / "benchmarks" / "results.json"
 
