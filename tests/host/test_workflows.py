@@ -161,7 +161,7 @@ def test_the_workflow_runs(server, template):
         return
     if template.case == "train_lora":
         (file,) = (server.output / "loras").glob("*.safetensors")
-        assert file.name == "AuraFlow_1_steps_00001_.safetensors"
+        assert file.name == "AuraFlow_2_steps_00001_.safetensors"
         factors = load_file(file)
         assert factors["diffusion_model.single_layers.0.attn.w1q.lora_up.weight"].any()
         return
