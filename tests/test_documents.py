@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 from auraflow_gguf import cli
-from auraflow_gguf.devtools.arguments import CARDS, PARSERS, PARTS, TIERS
+from auraflow_gguf.devtools.arguments import CARDS, PARSERS, TIERS
+from auraflow_gguf.devtools.arguments import PARTS as MEASURED
 from auraflow_gguf.devtools.random_models import full_size
 from auraflow_gguf.loader.files.auraflow import AURAFLOW
 from auraflow_gguf.loader.files.parts import PARTS
@@ -54,7 +55,7 @@ def test_nothing_is_written_down_that_no_test_tries():
         if command.startswith("python dev.py "):
             name, *arguments = shlex.split(command)[2:]
             assert arguments[:1] in ([], ["--tier"], ["--newest"], ["--cards"], ["--part"]), command
-            assert arguments[:1] != ["--part"] or set(arguments[1::2]) <= set(PARTS), command
+            assert arguments[:1] != ["--part"] or set(arguments[1::2]) <= set(MEASURED), command
             assert arguments[:1] != ["--cards"] or set(arguments[1:]) <= set(CARDS), command
             assert {tier for flag, tier in pairwise(arguments) if flag == "--tier"} <= set(TIERS), command
             names.add(name)
