@@ -46,7 +46,8 @@ class Checkpoint(ABC):
         return None
 
     def exact_type(self, name: str) -> str:
-        """The name of ggml's type that holds a tensor as it is; bfloat16 has all numbers of plain fp8."""
+        """The name of ggml's type that holds a tensor as it is: bfloat16 has all numbers of plain fp8. Float64, which
+        nothing computes in, becomes float32."""
         stored = self.packed(name)
         return stored[0].name if stored else FLOAT_TYPES.get(self.dtype(name), "BF16")
 

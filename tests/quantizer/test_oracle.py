@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from auraflow_gguf.loader.kernels import native
-from auraflow_gguf.loader.kernels.native import build
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.quantizer import convert as module
 from auraflow_gguf.quantizer.convert import convert
@@ -14,6 +13,7 @@ from auraflow_gguf.quantizer.recipe import NEEDS_IMATRIX, RECIPES
 from safetensors.torch import save_file
 
 from .. import ggml
+from ..compiled import build_or_skip
 from .small_model import FIXED, native_weights
 
 WRITABLE = [name for name in RECIPES if name in QUANT_TYPES]
@@ -87,10 +87,8 @@ def hard_rows() -> np.ndarray:
 def test_packed_bytes_of_hard_rows(oracle, type_name, in_c, monkeypatch):
     if not in_c:
         monkeypatch.setattr(native, "function", lambda source, name: None)
-    elif build._compiler() is None:
-        pytest.skip("no C compiler here")
     else:
-        build.build()
+        build_or_skip()
         assert native.function("quantize.c", f"quantize_{type_name.lower()}")
     quant_type = QUANT_TYPES[type_name]
     for rows in (hard_rows(), hard_rows()[:1, :256]):

@@ -13,9 +13,9 @@ import libgguf
 import pytest
 import torch
 from auraflow_gguf.loader.kernels import cpu, native, packed_linear
-from auraflow_gguf.loader.kernels.native import build
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 
+from ...compiled import build_or_skip
 from ..quant_types.blocks import FLOATS, random_blocks
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -53,9 +53,7 @@ def new_threads_number() -> int:
 @pytest.fixture(params=["c", "libgguf", "torch"])
 def engine(request, monkeypatch):
     if request.param == "c":
-        if build._compiler() is None:
-            pytest.skip("no C compiler here")
-        build.build()
+        build_or_skip()
     if request.param != "c":
         monkeypatch.setattr(native, "function", lambda file, name: None)
     if request.param == "torch":

@@ -3,11 +3,11 @@
 import pytest
 import torch
 from auraflow_gguf.loader.kernels import int8, native
-from auraflow_gguf.loader.kernels.native import build
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from comfy_kitchen.backends.eager.quantization import quantize_int8_convrot_weight, quantize_int8_rowwise
 from comfy_kitchen.tensor.int8_utils import _build_hadamard
 
+from ...compiled import build_or_skip
 from ..quant_types.blocks import random_blocks
 
 COLUMNS = 768
@@ -21,10 +21,7 @@ def rows_of(name: str, rows: int = 43) -> torch.Tensor:
 @pytest.fixture(params=["c", "torch"])
 def engine(request, monkeypatch):
     if request.param == "c":
-        if build._compiler() is None:
-            pytest.skip("no C compiler here")
-        build.build()
-        native._library.cache_clear()
+        build_or_skip()
     else:
         monkeypatch.setattr(native, "function", lambda source, name: None)
     int8._rotate_in_c.cache_clear()
