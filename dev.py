@@ -73,7 +73,7 @@ def main(argv: list[str]) -> int:
         print(USAGE)
         return 0 if command in ("-h", "--help") else 2
     register_pack()
-    from auraflow_gguf.devtools import environment, hosts
+    from auraflow_gguf.devtools import cache, environment, hosts
     from auraflow_gguf.devtools.arguments import parse
 
     options = parse(command, arguments)
@@ -87,7 +87,10 @@ def main(argv: list[str]) -> int:
     except (hosts.HostError, environment.SetUpError) as error:
         print(f"dev.py: {error}", file=sys.stderr)
         return 1
-    process = subprocess.Popen([str(python), str(ROOT / "dev.py"), INSIDE, command, *arguments])
+    process = subprocess.Popen(
+        [str(python), str(ROOT / "dev.py"), INSIDE, command, *arguments],
+        env={**os.environ, **cache.bytecode_variables()},
+    )
     while True:
         # Ctrl-C reaches the second run too, which cleans up and ends by itself.
         with contextlib.suppress(KeyboardInterrupt):

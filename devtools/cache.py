@@ -24,6 +24,12 @@ def cache_folder() -> Path:
     return base / "auraflow-gguf"
 
 
+def bytecode_variables() -> dict[str, str]:
+    """Has Python keep bytecode in the cache folder, out of the host's; also where it is told to keep none, since to
+    compile torch and transformers anew takes each process 15 seconds."""
+    return {"PYTHONPYCACHEPREFIX": str(cache_folder() / "pycache"), "PYTHONDONTWRITEBYTECODE": ""}
+
+
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Holds ``path`` (made if need be) locked against other processes; waits for its turn."""

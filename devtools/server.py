@@ -22,7 +22,7 @@ import aiohttp
 import torch
 
 from . import ROOT
-from .cache import cache_folder
+from .cache import bytecode_variables
 from .hosts import Host
 
 STARTUP_SECONDS = 300
@@ -129,7 +129,7 @@ class Server:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=self.base,
-                env={**os.environ, "PYTHONPYCACHEPREFIX": str(cache_folder() / "pycache")},
+                env={**os.environ, **bytecode_variables()},
             )
         try:
             self._wait_until_it_answers()
