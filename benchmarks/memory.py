@@ -27,8 +27,8 @@ import dev
 dev.register_pack()
 from comfy.cli_args import args
 args.cpu = True
-from auraflow_gguf.benchmarks.memory import in_this_process
-print(in_this_process({path!r}))
+from auraflow_gguf.benchmarks.{module} import in_this_process
+print(in_this_process(*{arguments!r}))
 """
 
 
@@ -46,15 +46,16 @@ def measure(types: tuple[str, ...]) -> list[dict]:
     rows = []
     for type_name, layers, path in files:
         file_bytes = os.path.getsize(path)
-        over = _grown(path) - file_bytes
+        over = grown("memory", str(path)) - file_bytes
         rows.append({"type": type_name, "layers": layers, "file_bytes": file_bytes, "over_file_bytes": over})
         print(f"{type_name:8} {file_bytes / 1e6:6.0f} MB file, {over / 1e6:+6.0f} MB at the peak", flush=True)
     return rows
 
 
-def _grown(path: Path) -> int:
-    """What ``in_this_process`` says, in a new process."""
-    script = SCRIPT.format(folders=[str(ROOT), str(Path(comfy.__path__[0]).parent)], path=str(path))
+def grown(module: str, *arguments: object) -> int:
+    """What ``in_this_process`` of one of these modules says, in a new process."""
+    folders = [str(ROOT), str(Path(comfy.__path__[0]).parent)]
+    script = SCRIPT.format(folders=folders, module=module, arguments=arguments)
     return int(subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.PIPE).stdout.split()[-1])
 
 

@@ -90,6 +90,12 @@ def _lora(types: tuple[str, ...], options: argparse.Namespace) -> dict:
     return {"setting": lora.SETTING_TEXT, "rows": lora.measure(options.pairs)}
 
 
+def _training(types: tuple[str, ...], options: argparse.Namespace) -> dict:
+    from . import training
+
+    return {"setting": training.SETTING_TEXT, "rows": training.measure()}
+
+
 def _diffusers(types: tuple[str, ...], options: argparse.Namespace) -> dict:
     from . import diffusers_door
 
@@ -124,6 +130,7 @@ PARTS = {
     "modulation": _modulation,
     "compiled": _compiled,
     "lora": _lora,
+    "training": _training,
     "diffusers": _diffusers,
     "scale": _scale,
     "convert": _convert,

@@ -21,6 +21,7 @@ PARTS = (
     "modulation",
     "compiled",
     "lora",
+    "training",
     "diffusers",
     "scale",
     "convert",
