@@ -103,7 +103,7 @@ def plant_outliers(folder: Path, target: Path) -> Path:
 
 
 def measure(source: Path, folder: Path, name: str, inputs: Inputs, types: Sequence[str]) -> dict[str, dict]:
-    """By type: the error of its weights, what int8 adds without rotation and with it, and both together."""
+    """By type: the error of its weights, what int8 adds, plain and rotated and smoothed, and the latter's in all."""
     with transformer(source, inputs) as model:
         reference = inputs.outputs(model)
     rows = {}
@@ -146,7 +146,7 @@ def _errors(path: Path, inputs: Inputs, reference: list[torch.Tensor]) -> dict[s
 
 @contextmanager
 def _in_int8(model: torch.nn.Module, product: Callable, kinds: tuple[str, ...] = IN_INT8) -> Iterator[None]:
-    """Has the linears of some kinds multiply by ``product(linear)``, any number of rows."""
+    """Has the linears of some kinds multiply by ``product(linear, its input's weight)``, any number of rows."""
     endings = tuple(ending for kind in kinds for ending in KINDS[kind])
     changed = []
     for name, module in model.named_modules():
@@ -155,7 +155,8 @@ def _in_int8(model: torch.nn.Module, product: Callable, kinds: tuple[str, ...] =
         if "time_step_proj" in name and "embedders and final" in kinds:
             listed = True
         if listed and isinstance(module, PackedLinear):
-            module.forward = product(module)
+            before = name.replace("out_projection", "linear_2")
+            module.forward = product(module, model.get_submodule(before) if before != name else None)
             changed.append(module)
     if not changed:
         raise ValueError(f"None of the model's packed linears is one of {', '.join(kinds)}.")
@@ -166,14 +167,19 @@ def _in_int8(model: torch.nn.Module, product: Callable, kinds: tuple[str, ...] =
             del module.forward
 
 
-def _rotated(linear: PackedLinear) -> Callable[[torch.Tensor], torch.Tensor]:
+def _rotated(linear: PackedLinear, before: PackedLinear | None) -> Callable[[torch.Tensor], torch.Tensor]:
     """As `int8.linear_on_cpu` without int8 products, but for the weight, which is turned once and not in every use."""
-    scales = int8.row_scales(linear.packed, linear.quant_type)
-    return _product(linear, int8.int8_weight(linear.packed, linear.quant_type, scales).float(), scales, int8.rotated)
+    packed, quant_type, smoothing = linear.packed, linear.quant_type, None
+    if before:
+        sizes, _ = int8.norms(before.packed, before.quant_type)
+        smoothing = int8.smoothing(sizes, int8.norms(packed, quant_type)[1])
+    scales = int8.row_scales(packed, quant_type, smoothing)
+    weight = int8.int8_weight(packed, quant_type, scales, smoothing).float()
+    return _product(linear, weight, scales, lambda rows: int8.rotated(int8.smoothed(rows, smoothing)))
 
 
-def _plain(linear: PackedLinear) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The same without rotation."""
+def _plain(linear: PackedLinear, before: PackedLinear | None) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The same without rotation and smoothing."""
     weight = linear.weight.dequantize().clone()
     scales = int8.scales_of(weight)
     return _product(linear, int8.rounded_(weight, scales), scales, torch.clone)
@@ -196,7 +202,7 @@ def table(results: dict) -> str:
     """The rows as Markdown."""
     lines = [
         "| weights | their own error | int8 adds, plain | int8 adds, rotated | all in all | "
-        "outliers: own | int8 adds, plain | int8 adds, rotated | all in all |",
+        "outliers: own | int8 adds, plain | rotated and smoothed | all in all |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     names = ("own", "adds_plain", "adds_rotated", "total_rotated")

@@ -40,17 +40,20 @@ def install(patcher: ModelPatcher, dtype: torch.dtype, even_if_slower: bool = Fa
     reason = None if even_if_slower and device.type == "cpu" else refused(device, dtype)
     if reason:
         return reason
-    linears = [module for module in _linears(patcher.model.diffusion_model) if can_be_int8(module.weight)]
+    model = patcher.model.diffusion_model
+    linears = {name: module for name, module in _linears(model) if can_be_int8(module.weight)}
     if not linears:
         return "no linear of the layers has a quantized weight"
     try:
-        weights = [with_row_scales(module.weight, device) for module in linears]
+        weights = [
+            with_row_scales(module.weight, device, _activations_from(model, name)) for name, module in linears.items()
+        ]
     except RuntimeError as error:
         if "out of memory" in str(error).lower():
             raise
         return str(error)
     products = patcher.model.int8_products = Int8Products()
-    for module, weight in zip(linears, weights, strict=True):
+    for module, weight in zip(linears.values(), weights, strict=True):
         module.weight, module.int8 = torch.nn.Parameter(weight, requires_grad=False), products
     patcher.size = 0  # to be counted anew
     logger.info("Matrix products in int8: %d linears of the layers; all others are exact", len(linears))
@@ -76,12 +79,19 @@ def scale_bytes(model: torch.nn.Module) -> int:
     """Bytes of the scales that packed weights keep for their int8 rows."""
     if products_of(model) is None:
         return 0
-    weights = (module.weight for module in _linears(model.diffusion_model))
-    return sum(w._params.scale.nbytes for w in weights if is_packed(w) and w._params.scale is not None)
+    weights = (module.weight for _, module in _linears(model.diffusion_model) if is_packed(module.weight))
+    scales = (scale for weight in weights for scale in (weight._params.scale, weight._params.smoothing))
+    return sum(scale.nbytes for scale in scales if scale is not None)
 
 
-def _linears(model: torch.nn.Module) -> Iterator[GGUFOps.Linear]:
-    return (module for name, module in model.named_modules() if LINEARS.fullmatch(name))
+def _linears(model: torch.nn.Module) -> Iterator[tuple[str, GGUFOps.Linear]]:
+    return ((name, module) for name, module in model.named_modules() if LINEARS.fullmatch(name))
+
+
+def _activations_from(model: torch.nn.Module, name: str) -> torch.Tensor | None:
+    """The weight whose output the input of a linear is, but for a factor that is alike for all channels."""
+    mlp, _, linear = name.rpartition(".")
+    return model.get_submodule(f"{mlp}.c_fc2").weight if linear == "c_proj" else None
 
 
 def _with_exact_products(executor, *args, **kwargs):

@@ -100,8 +100,10 @@ class GGUFOps(manual_cast):
             bias = None if self.bias is None else self.bias.to(input.device, input.dtype)
             packed, params = self.weight._qdata.to(input.device), self.weight._params
             if in_int8 and params.scale is not None:
-                scales = params.scale.to(input.device)
-                return packed_int8_linear(input, packed, QUANT_TYPES[params.quant_type], scales, bias)
+                params = params.to_device(input.device)
+                return packed_int8_linear(
+                    input, packed, QUANT_TYPES[params.quant_type], params.scale, params.smoothing, bias
+                )
             return packed_linear(input, packed, QUANT_TYPES[params.quant_type], bias)
 
         def _cast(self, input, product):

@@ -99,11 +99,12 @@ def has_triton(device: torch.device) -> bool:
     return device.type in _TRITON_DEVICES and device not in _without_triton and _triton_kernels() is not None
 
 
-def group_maxima(packed: torch.Tensor, quant_type: QuantType) -> torch.Tensor:
+def group_maxima(packed: torch.Tensor, quant_type: QuantType, smoothing: torch.Tensor | None = None) -> torch.Tensor:
     """The largest magnitude of each group of 256 neighbours after rotation, see ``int8``.
 
     Args:
         packed: ``(rows, row_bytes) uint8`` on a GPU, rows of whole groups.
+        smoothing: ``(columns,) float32`` on its device, by which the columns are multiplied first; or None.
 
     Returns:
         ``(rows, groups) float32``.
@@ -113,18 +114,24 @@ def group_maxima(packed: torch.Tensor, quant_type: QuantType) -> torch.Tensor:
     """
     groups = packed.shape[1] // quant_type.type_size * quant_type.block_size // 256
     out = torch.empty(len(packed), groups, dtype=torch.float32, device=packed.device)
-    _launch_rotation(out, packed, quant_type, None)
+    _launch_rotation(out, packed, quant_type, None, smoothing)
     return out
 
 
 def int8_weight(
-    packed: torch.Tensor, quant_type: QuantType, scales: torch.Tensor, *, reuse_buffer: bool = True
+    packed: torch.Tensor,
+    quant_type: QuantType,
+    scales: torch.Tensor,
+    smoothing: torch.Tensor | None = None,
+    *,
+    reuse_buffer: bool = True,
 ) -> torch.Tensor:
     """``(rows, columns) int8``: the rotated weight in steps of its rows' scales, in one launch.
 
     Args:
         packed: ``(rows, row_bytes) uint8`` on a GPU, rows of whole groups of 256.
         scales: ``(rows,) float32`` on its device.
+        smoothing: as `group_maxima` was given it.
         reuse_buffer: whether it may be written where the last dense weight was.
 
     Raises:
@@ -133,16 +140,22 @@ def int8_weight(
     new = _buffer if reuse_buffer and not _is_captured(packed.device) else torch.empty
     columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
     out = new((len(packed), columns), dtype=torch.int8, device=packed.device)
-    _launch_rotation(out, packed, quant_type, scales)
+    _launch_rotation(out, packed, quant_type, scales, smoothing)
     return out
 
 
 def _launch_rotation(
-    out: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, scales: torch.Tensor | None
+    out: torch.Tensor,
+    packed: torch.Tensor,
+    quant_type: QuantType,
+    scales: torch.Tensor | None,
+    smoothing: torch.Tensor | None,
 ) -> None:
     with _current(packed.device):
         kernels = _kernels(quant_type, packed.device)
-        launch = kernels and functools.partial(kernels.rotate_into, out, packed.contiguous(), quant_type, scales)
+        launch = kernels and functools.partial(
+            kernels.rotate_into, out, packed.contiguous(), quant_type, scales, smoothing
+        )
         if not (launch and _launched(launch, packed.device)):
             raise RuntimeError(f"Triton does not work on {packed.device}, and int8 products need it there.")
 

@@ -6,7 +6,11 @@ one scale: a Hadamard matrix of 256, ``H4 ⊗ H4 ⊗ H4 ⊗ H4 / 16``, symmetric
 
     H4 = [[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]]
 
-**Exactness.** The sums are taken in the order of `rotated`, in float32, everywhere; a factor 1/16 does not round, and
+A channel that stands far above its neighbours would take them with it, rotated or not. So the columns of such a channel
+may be *smoothed* (SmoothQuant, arXiv:2211.10438): its activations are divided by a power of two, and its weights are
+multiplied by it before they are rotated.
+
+**Exactness.** The sums are taken in the order of `rotated`, in float32, everywhere; powers of two do not round, and
 the rounding to integers is to nearest, ties to even. So torch, C and Triton give the same bits.
 """
 
@@ -17,13 +21,18 @@ import functools
 import torch
 
 from ..quant_types import QuantType
-from . import cpu, gpu, native
+from . import cpu, dequantize, gpu, native
 
 GROUP = 256
 """Neighbours that are rotated together: a row is a whole number of groups."""
 
 TINY = 1e-30
 """The least scale, of rows of zeros, as in comfy-kitchen."""
+
+# Powers of two by which channels are smoothed: less would gain nothing, and more would leave float16.
+LEAST_SMOOTHED, MOST_SMOOTHED = 2, 12
+
+NORM_ROWS = 1024  # dequantized at a time
 
 # Fewer rows of input cost more to turn into int8 than their product does.
 FEW_ROWS = 16
@@ -84,12 +93,43 @@ def refused_by_gpu(device: torch.device) -> str | None:
     return None if gpu.has_triton(device) else "Triton does not work there"
 
 
-def row_scales(packed: torch.Tensor, quant_type: QuantType) -> torch.Tensor:
+def norms(packed: torch.Tensor, quant_type: QuantType) -> tuple[torch.Tensor, torch.Tensor]:
+    """The Euclidean norms of a packed weight's rows and columns, float32, in one pass over it."""
+    rows, columns = [], 0
+    for tile in packed.split(NORM_ROWS):
+        weights = dequantize(tile, quant_type, torch.float32)
+        rows.append(weights.norm(dim=1))
+        columns = columns + weights.square().sum(0)
+    return torch.cat(rows), columns.sqrt()
+
+
+def smoothing(outputs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor | None:
+    """By what a weight's input channels are to be smoothed, from weights alone.
+
+    The error of rounding both factors of a product is least where a channel's activations and weights are of one size.
+    How large the activations are is judged by the weight that they come out of.
+
+    Args:
+        outputs: ``(channels,)``, the norms of the rows of the weight that the activations come out of.
+        inputs: ``(channels,)``, the norms of the columns of the weight that they go into.
+
+    Returns:
+        ``(channels,) float32``, powers of two; or None where no channel stands out.
+    """
+    tiny = torch.finfo(torch.float32).tiny
+    exponents = (outputs.clamp(min=tiny) / inputs.clamp(min=tiny)).log2() / 2
+    exponents = (exponents - exponents.median()).round().clamp(max=MOST_SMOOTHED)
+    standing_out = exponents >= LEAST_SMOOTHED
+    return torch.where(standing_out, exponents, 0.0).exp2() if standing_out.any() else None
+
+
+def row_scales(packed: torch.Tensor, quant_type: QuantType, smoothing: torch.Tensor | None = None) -> torch.Tensor:
     """The scales of a weight's rows, in one pass over it.
 
     Args:
         packed: ``(rows, row_bytes) uint8``.
         quant_type: one for which `can_be_int8`.
+        smoothing: ``(columns,) float32`` on ``packed``'s device, by which the columns are multiplied first; or None.
 
     Returns:
         ``(rows,) float32`` on ``packed``'s device.
@@ -98,43 +138,54 @@ def row_scales(packed: torch.Tensor, quant_type: QuantType) -> torch.Tensor:
         RuntimeError: on a GPU where Triton does not work.
     """
     if packed.device.type != "cpu":
-        return scales_of_maxima(gpu.group_maxima(packed, quant_type).amax(1))
+        return scales_of_maxima(gpu.group_maxima(packed, quant_type, smoothing).amax(1))
     scales = torch.empty(len(packed), dtype=torch.float32)
 
     def find(start: int, stop: int, rows: torch.Tensor) -> None:
-        scales[start:stop] = scales_of(_rotated_tile(rows))
+        scales[start:stop] = scales_of(_rotated_tile(rows, smoothing))
 
     cpu.in_dequantized_tiles(find, packed, quant_type)
     return scales
 
 
 def int8_weight(
-    packed: torch.Tensor, quant_type: QuantType, scales: torch.Tensor, *, reuse_buffer: bool = True
+    packed: torch.Tensor,
+    quant_type: QuantType,
+    scales: torch.Tensor,
+    smoothing: torch.Tensor | None = None,
+    *,
+    reuse_buffer: bool = True,
 ) -> torch.Tensor:
     """``(rows, columns) int8``: the rotated weight in steps of its rows' scales.
 
     Args:
         packed: ``(rows, row_bytes) uint8``.
         scales: ``(rows,) float32`` on its device.
+        smoothing: as `row_scales` was given it.
         reuse_buffer: on a GPU, whether it may be written where the last dense weight was.
 
     Raises:
         RuntimeError: on a GPU where Triton does not work.
     """
     if packed.device.type != "cpu":
-        return gpu.int8_weight(packed, quant_type, scales, reuse_buffer=reuse_buffer)
+        return gpu.int8_weight(packed, quant_type, scales, smoothing, reuse_buffer=reuse_buffer)
     columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
     out = torch.empty(len(packed), columns, dtype=torch.int8)
 
     def turn(start: int, stop: int, rows: torch.Tensor) -> None:
-        out[start:stop] = rounded_(_rotated_tile(rows), scales[start:stop])
+        out[start:stop] = rounded_(_rotated_tile(rows, smoothing), scales[start:stop])
 
     cpu.in_dequantized_tiles(turn, packed, quant_type)
     return out
 
 
 def linear_on_cpu(
-    input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, scales: torch.Tensor, bias: torch.Tensor | None
+    input: torch.Tensor,
+    packed: torch.Tensor,
+    quant_type: QuantType,
+    scales: torch.Tensor,
+    smoothing: torch.Tensor | None,
+    bias: torch.Tensor | None,
 ) -> torch.Tensor:
     """The product of int8 activations, a scale for each token, with the rotated int8 weight, as comfy-kitchen's.
 
@@ -144,20 +195,22 @@ def linear_on_cpu(
         input: ``(…, in_features)``, any float dtype.
         packed: ``(out_features, row_bytes) uint8``.
         scales: ``(out_features,) float32``, those of `row_scales`.
+        smoothing: ``(in_features,) float32``, as `row_scales` was given it.
         bias: ``(out_features,)`` or None.
 
     Returns:
         ``(…, out_features)`` in ``input``'s dtype.
     """
     in_float = not _has_int8_products()
-    x = rotated(input.reshape(-1, input.shape[-1]).float())
+    x = smoothed(input.reshape(-1, input.shape[-1]).float(), smoothing)
+    x = rotated(x)
     x_scales = scales_of(x)
     x = rounded_(x, x_scales)
     x = x if in_float else x.to(torch.int8)
     out = input.new_empty(len(x), len(packed))
 
     def multiply(start: int, stop: int, rows: torch.Tensor) -> None:
-        weights = rounded_(_rotated_tile(rows), scales[start:stop])
+        weights = rounded_(_rotated_tile(rows, smoothing), scales[start:stop])
         sums = x @ weights.t() if in_float else torch._int_mm(x, weights.to(torch.int8).t()).float()
         out[:, start:stop] = sums.mul_(x_scales[:, None] * scales[start:stop])
 
@@ -167,8 +220,15 @@ def linear_on_cpu(
     return out.view(*input.shape[:-1], len(packed))
 
 
-def _rotated_tile(rows: torch.Tensor) -> torch.Tensor:
-    """`rotated`, in the tile's own memory where there is C for it."""
+def smoothed(input: torch.Tensor, smoothing: torch.Tensor | None) -> torch.Tensor:
+    """The activations that go with weights whose columns were multiplied by ``smoothing``."""
+    return input if smoothing is None else input * smoothing.reciprocal().to(input.dtype)
+
+
+def _rotated_tile(rows: torch.Tensor, smoothing: torch.Tensor | None) -> torch.Tensor:
+    """`rotated`, smoothed before, in the tile's own memory where there is C for it."""
+    if smoothing is not None:
+        rows *= smoothing
     in_c = _rotate_in_c()
     if in_c is None:
         return rotated(rows)

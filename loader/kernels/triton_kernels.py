@@ -121,7 +121,13 @@ def linear_into(
     )
 
 
-def rotate_into(out: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, scales: torch.Tensor | None) -> None:
+def rotate_into(
+    out: torch.Tensor,
+    packed: torch.Tensor,
+    quant_type: QuantType,
+    scales: torch.Tensor | None,
+    smoothing: torch.Tensor | None = None,
+) -> None:
     """Turn a weight into ``int8.rotated``'s, in steps of its rows' scales; or find each group's largest magnitude.
 
     Args:
@@ -129,6 +135,7 @@ def rotate_into(out: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, 
         packed: ``(rows, row_bytes) uint8``, contiguous, rows of whole groups, on ``out``'s device, the current one.
         quant_type: one of ``FORMULAS``.
         scales: ``(rows,) float32``, or None.
+        smoothing: ``(columns,) float32`` by which the columns are multiplied first, or None.
     """
     formula = FORMULAS[quant_type.name]
     groups = packed.numel() // quant_type.type_size * quant_type.block_size // GROUP
@@ -138,6 +145,7 @@ def rotate_into(out: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, 
         packed,
         formula.table(packed.device),
         scales,
+        smoothing,
         groups,
         groups // max(1, len(packed)),
         WEIGHTS=formula.weights,
@@ -225,6 +233,7 @@ def rotate_kernel(
     packed,
     table,
     scales,
+    smoothing,
     groups,
     row_groups,
     WEIGHTS: tl.constexpr,
@@ -242,8 +251,12 @@ def rotate_kernel(
     rest = tl.minimum(groups - first, GROUPS).to(tl.int32)
     block = tl.minimum(tl.arange(0, BLOCKS), rest * (256 // BLOCK_SIZE) - 1)
     weights = WEIGHTS(packed + (first * (256 // BLOCK_SIZE) + block) * TYPE_SIZE, table)
-    rotated = _rotated(tl.reshape(weights, (GROUPS, 256))) * 0.0625
     group = tl.arange(0, GROUPS)
+    weights = tl.reshape(weights, (GROUPS, 256))
+    if smoothing is not None:
+        columns = ((first + group) % row_groups * 256)[:, None] + tl.arange(0, 256)[None, :]
+        weights *= tl.load(smoothing + columns)
+    rotated = _rotated(weights) * 0.0625
     inside = group < rest
     if scales is None:
         magnitude = tl.max(rotated.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)

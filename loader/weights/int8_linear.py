@@ -42,18 +42,31 @@ def can_be_int8(weight: torch.Tensor) -> bool:
     return is_packed(weight) and int8.can_be_int8(QUANT_TYPES[weight._params.quant_type], weight.shape[-1])
 
 
-def with_row_scales(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+def with_row_scales(
+    weight: torch.Tensor, device: torch.device, activations_from: torch.Tensor | None = None
+) -> torch.Tensor:
     """A packed weight with the scales of its int8 rows, 4 bytes each, which it keeps wherever it goes.
 
     Args:
         weight: one that `can_be_int8`.
         device: where the scales are found, in one pass.
+        activations_from: the weight by whose rows the sizes of its input's channels can be told, if there is one: where
+            some stand out, its columns are smoothed, with 4 bytes each.
 
     Raises:
         RuntimeError: on a GPU where Triton does not work.
     """
-    scales = int8.row_scales(weight._qdata.to(device), QUANT_TYPES[weight._params.quant_type])
-    return with_scales(weight, scales.to(weight.device))
+    packed, quant_type = weight._qdata.to(device), QUANT_TYPES[weight._params.quant_type]
+    smoothing = None
+    if activations_from is not None and is_packed(activations_from):
+        sizes, _ = _norms(activations_from, device)
+        smoothing = int8.smoothing(sizes, _norms(weight, device)[1])
+    scales = int8.row_scales(packed, quant_type, smoothing)
+    return with_scales(weight, *(None if x is None else x.to(weight.device) for x in (scales, smoothing)))
+
+
+def _norms(weight: torch.Tensor, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    return int8.norms(weight._qdata.to(device), QUANT_TYPES[weight._params.quant_type])
 
 
 def int8_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -64,7 +77,8 @@ def int8_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
     if not is_packed(weight) or weight._params.scale is None or torch.is_grad_enabled():
         return linear(input, weight, bias)
     params = weight._params
-    return packed_int8_linear(input, weight._qdata, QUANT_TYPES[params.quant_type], params.scale, bias)
+    quant_type = QUANT_TYPES[params.quant_type]
+    return packed_int8_linear(input, weight._qdata, quant_type, params.scale, params.smoothing, bias)
 
 
 def packed_int8_linear(
@@ -72,6 +86,7 @@ def packed_int8_linear(
     packed: torch.Tensor,
     quant_type: QuantType,
     scales: torch.Tensor,
+    smoothing: torch.Tensor | None = None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``input @ dequantize(packed).T + bias``, of int8 activations and weights; under torch.compile one operator.
@@ -81,23 +96,24 @@ def packed_int8_linear(
         packed: ``(out_features, row_bytes) uint8`` on ``input``'s device.
         quant_type: the type of ``packed``.
         scales: ``(out_features,) float32``, those of `int8.row_scales`.
+        smoothing: ``(in_features,) float32``, as `int8.row_scales` was given it; or None.
         bias: ``(out_features,)`` or None.
 
     Returns:
         ``(…, out_features)`` in ``input``'s dtype.
     """
     if torch.compiler.is_compiling():
-        return _int8_linear_operator(input, packed, quant_type.name, scales, bias)
-    return _computed(input, packed, quant_type, scales, bias)
+        return _int8_linear_operator(input, packed, quant_type.name, scales, smoothing, bias)
+    return _computed(input, packed, quant_type, scales, smoothing, bias)
 
 
-def _computed(input, packed, quant_type, scales, bias, *, reuse_buffer=True):
+def _computed(input, packed, quant_type, scales, smoothing, bias, *, reuse_buffer=True):
     if input.numel() <= int8.FEW_ROWS * input.shape[-1]:
         return packed_linear(input, packed, quant_type, bias)
     if input.device.type == "cpu":
-        return int8.linear_on_cpu(input, packed, quant_type, scales, bias)
-    weight = int8.int8_weight(packed, quant_type, scales, reuse_buffer=reuse_buffer)
-    return _product(input, weight, scales, bias)
+        return int8.linear_on_cpu(input, packed, quant_type, scales, smoothing, bias)
+    weight = int8.int8_weight(packed, quant_type, scales, smoothing, reuse_buffer=reuse_buffer)
+    return _product(int8.smoothed(input, smoothing), weight, scales, bias)
 
 
 def _product(input, weight, scales, bias):
@@ -109,13 +125,13 @@ def _product(input, weight, scales, bias):
 @torch.library.custom_op(
     "auraflow_gguf::int8_linear",
     mutates_args=(),
-    schema="(Tensor input, Tensor packed, str quant_type, Tensor scales, Tensor? bias) -> Tensor",
+    schema="(Tensor input, Tensor packed, str quant_type, Tensor scales, Tensor? smoothing, Tensor? bias) -> Tensor",
 )
-def _int8_linear_operator(input, packed, quant_type, scales, bias):
+def _int8_linear_operator(input, packed, quant_type, scales, smoothing, bias):
     # As with the exact operator: the compiler may run this while it records a CUDA graph.
-    return _computed(input, packed, QUANT_TYPES[quant_type], scales, bias, reuse_buffer=False)
+    return _computed(input, packed, QUANT_TYPES[quant_type], scales, smoothing, bias, reuse_buffer=False)
 
 
 @_int8_linear_operator.register_fake
-def _(input, packed, quant_type, scales, bias):
+def _(input, packed, quant_type, scales, smoothing, bias):
     return input.new_empty(*input.shape[:-1], packed.shape[0])

@@ -7,7 +7,8 @@ Parameters
     ``quant_type`` names the entry of ``QUANT_TYPES`` that holds the formula. ``orig_dtype`` is the
     compute type: a weight whose dtype is that of the input is multiplied as it is, without a dense copy.
     GGUF blocks hold their own scales: ``scale`` is None, and only ``_qdata`` moves between devices; or it is those of
-    the rows in int8 (``int8_linear.py``), ``(out_features,) float32``, which move with it and change no weight.
+    the rows in int8 (``int8_linear.py``), ``(out_features,) float32``, beside which ``smoothing`` may be that of the
+    columns, ``(in_features,) float32``. Both move with the weight and change none of its numbers.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ class GGUFParams(BaseLayoutParams):
     """Parameters of a packed weight; ``quant_type`` is ggml's name, e.g. ``"Q4_K"``."""
 
     quant_type: str = ""
+    smoothing: torch.Tensor | None = None
 
     def _tensor_fields(self) -> list[str]:
-        return [] if self.scale is None else ["scale"]
+        return [name for name in ("scale", "smoothing") if getattr(self, name) is not None]
 
 
 class GGUFLayout(QuantizedLayout):
@@ -102,9 +104,11 @@ def pack(qdata: torch.Tensor, quant_type: str, shape: tuple[int, ...], dtype: to
     return QuantizedTensor(qdata.reshape(-1, row_bytes), LAYOUT_NAME, params)
 
 
-def with_scales(weight: QuantizedTensor, scales: torch.Tensor) -> QuantizedTensor:
-    """A packed weight, its memory shared, with the scales of its int8 rows ``(out_features,) float32``."""
-    return QuantizedTensor(weight._qdata, LAYOUT_NAME, replace(weight._params, scale=scales))
+def with_scales(
+    weight: QuantizedTensor, scales: torch.Tensor, smoothing: torch.Tensor | None = None
+) -> QuantizedTensor:
+    """A packed weight, its memory shared, with the scales of its int8 rows, and of its columns where it needs any."""
+    return QuantizedTensor(weight._qdata, LAYOUT_NAME, replace(weight._params, scale=scales, smoothing=smoothing))
 
 
 def is_packed(tensor: object) -> bool:

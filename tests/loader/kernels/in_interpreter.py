@@ -93,19 +93,21 @@ def test_any_alignment(name):
     assert torch.equal(bits(dequantize(name, shifted, torch.float32)), bits(QUANT_TYPES[name].dequantize(packed)))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_rotated_bits(name):
+@pytest.mark.parametrize(("name", "is_smoothed"), [*((name, False) for name in NAMES), ("Q4_K", True), ("Q8_0", True)])
+def test_rotated_bits(name, is_smoothed):
     """Scales, and int8 into the middle of a longer tensor, whose ends must stay as they are."""
     rows, groups = 7, 5  # two programs, and a part of one
     quant_type, margin = QUANT_TYPES[name], 64
     packed = small_weights(name, rows, groups * 256 // quant_type.block_size)
-    expected = int8.rotated(quant_type.dequantize(packed))
+    smoothing = 2.0 ** torch.randint(0, 8, (groups * 256,)) if is_smoothed else None
+    expected = quant_type.dequantize(packed)
+    expected = int8.rotated(expected * smoothing if is_smoothed else expected)
     scales = int8.scales_of(expected)
     maxima = torch.full((rows * groups + margin,), torch.pi)
-    triton_kernels.rotate_into(maxima[:-margin].view(rows, groups), packed, quant_type, None)
+    triton_kernels.rotate_into(maxima[:-margin].view(rows, groups), packed, quant_type, None, smoothing)
     assert torch.equal(int8.scales_of_maxima(maxima[:-margin].view(rows, groups).amax(1)), scales)
     out = torch.full((expected.numel() + 2 * margin,), 77, dtype=torch.int8)
-    triton_kernels.rotate_into(out[margin:-margin].view(expected.shape), packed, quant_type, scales)
+    triton_kernels.rotate_into(out[margin:-margin].view(expected.shape), packed, quant_type, scales, smoothing)
     rounded = int8.rounded_(expected, scales)
     assert torch.equal(out[margin:-margin].view(expected.shape), rounded.to(torch.int8))
     assert (maxima[-margin:] == torch.tensor(torch.pi)).all()

@@ -35,8 +35,8 @@ CARDS = {
     )
 }
 DTYPES = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16}
-MAXIMA = "maxima"
-ROTATED = ("*i8", MAXIMA)
+MAXIMA, SMOOTHED = "maxima", "smoothed"
+ROTATED = {"*i8": "*i8", MAXIMA: "*fp32", SMOOTHED: "*i8"}
 FEW_ROWS = (1, 2, 4, 8, 16)  # that the multiplying kernel is compiled for
 MANY_BLOCKS = 1 << 20  # as a weight has
 
@@ -79,8 +79,8 @@ def compiled(card: str, type_name: str, dtype: str, input_rows: int = 0, *, bias
     Args:
         card: one of `CARDS`.
         type_name: of the packed weight.
-        dtype: of ``out`` and of the input, one of `DTYPES`; ``"*i8"`` for the rotating kernel, and ``MAXIMA`` for the
-            same when it looks for scales.
+        dtype: of ``out`` and of the input, one of `DTYPES`; ``"*i8"`` for the rotating kernel, and for the same
+            ``MAXIMA`` when it looks for scales, ``SMOOTHED`` when it smooths columns.
         input_rows: of the multiplying kernel; 0 for the others.
         bias: whether that adds one.
     """
@@ -89,7 +89,8 @@ def compiled(card: str, type_name: str, dtype: str, input_rows: int = 0, *, bias
         kernel = triton_kernels.rotate_kernel
         constants, options = triton_kernels.rotate_tile(QUANT_TYPES[type_name])
         constants |= {"scales": None} if dtype == MAXIMA else {}
-        dtype = "*fp32" if dtype == MAXIMA else dtype
+        constants |= {} if dtype == SMOOTHED else {"smoothing": None}
+        dtype = ROTATED[dtype]
     elif input_rows:
         kernel = triton_kernels.linear_kernel
         constants, options = triton_kernels.linear_tile(QUANT_TYPES[type_name], input_rows)
@@ -100,6 +101,7 @@ def compiled(card: str, type_name: str, dtype: str, input_rows: int = 0, *, bias
     constants |= {} if formula.grid else {"table": None}
     constants |= {} if bias or not input_rows else {"bias": None}
     types = {"out": dtype, "input": dtype, "bias": dtype, "packed": "*u8", "table": "*i8", "scales": "*fp32"}
+    types |= {"smoothing": "*fp32"}
     signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
     aligned = {
         (place,): [["tt.divisibility", 16]]

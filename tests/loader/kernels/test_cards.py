@@ -25,7 +25,7 @@ COMMON = ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0"]
 NVIDIA = ["sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120"]
 AMD = ["gfx90a", "gfx942", "gfx1100", "gfx1201"]
 DTYPES = ["*bf16", "*fp16", "*fp32"]
-ROTATED = ["*i8", "maxima"]  # what the rotating kernel writes: int8, or float32 on its way to scales
+ROTATED = ["*i8", "smoothed", "maxima"]  # the rotating kernel: to int8, smoothed besides, and on its way to scales
 
 if os.environ.get("AURAFLOW_GGUF_EVERY_CARD") == "1":
     CASES = [
@@ -39,7 +39,7 @@ if os.environ.get("AURAFLOW_GGUF_EVERY_CARD") == "1":
 else:
     CASES = [
         *(("sm_90", name, "*bf16", 0) for name in QUANTIZED),  # which moves most bytes while it computes
-        *(("gfx1100", name, "*bf16", 16) for name in QUANTIZED),  # the fewest registers for the largest tile
+        *(("gfx1100", name, "*bf16", 16) for name in SOME),  # the fewest registers for the largest tile
         *(("sm_90", name, "*bf16", 1) for name in SOME),
         *(("gfx942", name, "*fp16", 8) for name in SOME),
         *(
@@ -48,6 +48,7 @@ else:
         ),
         *((card, "IQ3_S", "*fp32", 0) for card in ("sm_75", "sm_120", "gfx1100")),
         *((card, "Q4_K", "*i8", 0) for card in ("sm_75", "sm_86", "sm_120", "gfx90a", "gfx1100")),
+        *((card, "Q4_K", "smoothed", 0) for card in ("sm_86", "gfx1100")),
         ("sm_90", "IQ2_S", "*i8", 0),
         ("sm_89", "Q6_K", "maxima", 0),
     ]

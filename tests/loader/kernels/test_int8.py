@@ -37,6 +37,40 @@ def test_the_rotation_is_that_of_comfy_kitchen():
     assert torch.equal(twice, torch.arange(512.0))
 
 
+SMOOTHING = 2.0 ** torch.randint(0, 8, (COLUMNS,), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("name", TYPES)
+def test_smoothed_columns(engine, name):
+    packed, quant_type = rows_of(name), QUANT_TYPES[name]
+    expected = int8.rotated(quant_type.dequantize(packed) * SMOOTHING)
+    scales = int8.row_scales(packed, quant_type, SMOOTHING)
+    assert torch.equal(scales, expected.abs().amax(1) / 127)
+    weight = int8.int8_weight(packed, quant_type, scales, SMOOTHING)
+    assert torch.equal(weight, int8.rounded_(expected, scales).to(torch.int8))
+
+
+def test_norms(monkeypatch):
+    monkeypatch.setattr(int8, "NORM_ROWS", 16)
+    rows, columns = int8.norms(rows_of("Q4_K"), QUANT_TYPES["Q4_K"])
+    dense = QUANT_TYPES["Q4_K"].dequantize(rows_of("Q4_K"))
+    torch.testing.assert_close(rows, dense.norm(dim=1))
+    torch.testing.assert_close(columns, dense.norm(dim=0))
+
+
+def test_which_channels_are_smoothed():
+    """By the root of what their activations and weights differ by, beside the median's, in powers of two."""
+    ones = torch.ones(16)
+    assert int8.smoothing(ones, ones) is None
+    assert int8.smoothing(3 * ones, 5 * ones) is None
+    outputs, inputs = ones.clone(), ones.clone()
+    outputs[:4] = torch.tensor([4.0, 16.0, 256.0, 2.0**60])
+    inputs[1], inputs[5], inputs[6] = 1 / 16, 1 / 4, 0
+    expected = torch.tensor([1.0, 16.0, 16.0, 4096.0, 1.0, 1.0, 4096.0] + 9 * [1.0])
+    assert torch.equal(int8.smoothing(outputs, inputs), expected)
+    assert torch.equal(int8.smoothed(expected[None].half(), expected), torch.ones(1, 16, dtype=torch.float16))
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_scales_and_weights(engine, name):
     assert (int8._rotate_in_c() is not None) == (engine == "c")
@@ -60,24 +94,26 @@ def test_rows_of_zeros_and_of_nan():
     packed[2, :2] = 255  # a scale that is NaN
     scales = int8.row_scales(packed, QUANT_TYPES["Q8_0"])
     assert torch.equal(scales[:2], torch.full((2,), int8.TINY))
-    out = int8.linear_on_cpu(torch.ones(20, COLUMNS), packed, QUANT_TYPES["Q8_0"], scales, None)
+    out = int8.linear_on_cpu(torch.ones(20, COLUMNS), packed, QUANT_TYPES["Q8_0"], scales, None, None)
     assert torch.equal(out[:, :2], torch.zeros(20, 2))
     assert out[:, 2].isnan().all()
 
 
+@pytest.mark.parametrize("smoothing", [None, SMOOTHING], ids=["as they are", "smoothed"])
 @pytest.mark.parametrize("has_int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_product_is_that_of_the_integers(monkeypatch, has_int8, dtype):
+def test_the_product_is_that_of_the_integers(monkeypatch, has_int8, dtype, smoothing):
     monkeypatch.setattr(int8, "_has_int8_products", lambda: has_int8)
     packed, quant_type = rows_of("Q4_K"), QUANT_TYPES["Q4_K"]
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(2, 13, COLUMNS, generator=generator).to(dtype)
     bias = torch.randn(43, generator=generator).to(dtype)
-    scales = int8.row_scales(packed, quant_type)
-    out = int8.linear_on_cpu(input, packed, quant_type, scales, bias)
+    scales = int8.row_scales(packed, quant_type, smoothing)
+    out = int8.linear_on_cpu(input, packed, quant_type, scales, smoothing, bias)
     assert out.dtype == dtype
-    x, x_scales = quantize_int8_rowwise(int8.rotated(input.float()))
-    expected = (x.double() @ int8.int8_weight(packed, quant_type, scales).double().T) * x_scales.double()
+    x, x_scales = quantize_int8_rowwise(int8.rotated(input.float() if smoothing is None else input.float() / smoothing))
+    weight = int8.int8_weight(packed, quant_type, scales, smoothing)
+    expected = (x.double() @ weight.double().T) * x_scales.double()
     expected = expected * scales + bias.double()
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(out.double(), expected, rtol=8 * eps, atol=8 * eps * expected.abs().max().item())

@@ -8,11 +8,13 @@ from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.loader.weights import int8_linear as module
 from auraflow_gguf.loader.weights.int8_linear import can_be_int8, int8_linear, packed_int8_linear, with_row_scales
 from auraflow_gguf.loader.weights.layout import linear, pack
+from gguf import GGMLQuantizationType, quantize
 
 from ..quant_types.blocks import random_blocks
 
 CPU = torch.device("cpu")
 ROWS, COLUMNS = 24, 512
+SMOOTHING = torch.ones(COLUMNS).index_fill_(0, torch.tensor([3, 300, 301]), 64.0)
 
 
 def weight_of(name: str, columns: int = COLUMNS):
@@ -60,6 +62,37 @@ def test_the_product_is_that_of_comfy_kitchens_eager_backend(weight, input):
     assert 1e-3 < (ours - exact).norm() / exact.norm() < 2e-2
 
 
+def test_channels_that_stand_out_are_smoothed(input):
+    """A channel of 50 times the activations, which the weight takes back, costs next to nothing."""
+    weight, before = (torch.randn(n, COLUMNS, generator=torch.Generator().manual_seed(n)) for n in (ROWS, COLUMNS))
+    chosen = SMOOTHING > 1
+    before[chosen] *= 50
+    weight[:, chosen] /= 50
+    input = input * torch.where(chosen, 50.0, 1.0)
+    plain, before, weight = (_packed_q8_0(w) for w in (torch.ones(COLUMNS, COLUMNS), before, weight))
+    smoothed = with_row_scales(weight, CPU, before)
+    assert ((smoothed._params.smoothing > 1) == chosen).all()
+    assert smoothed._params.smoothing.log2().frac().eq(0).all()
+    assert with_row_scales(weight_of("Q4_K"), CPU, plain)._params.smoothing is None
+    exact = linear(input, weight)
+    with torch.no_grad():
+        error, without = (
+            (int8_linear(input, w) - exact).norm() / exact.norm() for w in (smoothed, with_row_scales(weight, CPU))
+        )
+    assert error < 0.015 < 3 * error < without
+    moved = smoothed.to("meta")
+    assert {t.device.type for t in (moved._params.scale, moved._params.smoothing)} == {"meta"}
+    dense = int8.int8_weight(weight._qdata, QUANT_TYPES["Q8_0"], smoothed._params.scale, smoothed._params.smoothing)
+    with comfy_kitchen.use_backend("eager"), torch.no_grad():
+        theirs = module._product(int8.smoothed(input, smoothed._params.smoothing), dense, smoothed._params.scale, None)
+        assert (int8_linear(input, smoothed) - theirs).norm() / exact.norm() < 2e-4
+
+
+def _packed_q8_0(weight: torch.Tensor):
+    packed = torch.from_numpy(quantize(weight.numpy(), GGMLQuantizationType.Q8_0))
+    return pack(packed, "Q8_0", tuple(weight.shape), torch.float32)
+
+
 def test_few_rows_gradients_and_weights_without_scales_are_exact(weight, input):
     bias = torch.randn(ROWS)
     with torch.no_grad():
@@ -71,7 +104,7 @@ def test_few_rows_gradients_and_weights_without_scales_are_exact(weight, input):
 
 
 def test_compiled_to_one_operator(weight, input):
-    arguments = (input, weight._qdata, "Q4_K", weight._params.scale, torch.randn(ROWS))
+    arguments = (input, weight._qdata, "Q4_K", weight._params.scale, SMOOTHING, torch.randn(ROWS))
     torch.library.opcheck(torch.ops.auraflow_gguf.int8_linear.default, arguments, test_utils=("test_faketensor",))
     compiled = torch.compile(packed_int8_linear, fullgraph=True, backend="eager", dynamic=True)
     with torch.inference_mode():
