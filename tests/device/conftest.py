@@ -65,12 +65,10 @@ def _allocated() -> list[int]:
 @pytest.fixture(scope="session")
 def on_cpu():
     """The MODEL of a Q4_0 file, of the CPU."""
-    from auraflow_gguf.loader.comfyui.model import load_model
-
-    from ..host.aura_files import make_gguf
+    from ..host.small_auraflow import load_small, small_gguf
 
     with host_on_device.on_the_cpu(management):
-        return load_model(make_gguf("Q4_0"), torch.float32)
+        return load_small(small_gguf("Q4_0"))
 
 
 @pytest.fixture(scope="session")

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-from unittest.mock import patch
-
-from ..host import patches
-from ..host.patches import KINDS, MODULATION, SHAPES, lora, lora_hooks, patched
+from ..host.patches import KINDS, MODULATION, MORE_LINEARS, lora, lora_hooks, patched
 from ..host.sampling import QUICK, sample
 
 # One linear for each kind of patch: of all widths, in a layer and outside, with modulation that stays off the device.
-ATTENTION = {f"double_layers.0.attn.{name}": (3072, 3072) for name in ("w1q", "w1v", "w2o", "w1k")}
-PLACES = [MODULATION, *(name for name in SHAPES if name != MODULATION), *ATTENTION]
+ATTENTION = [f"double_layers.0.attn.{name}" for name in ("w1q", "w1v", "w2o", "w1k")]
+PLACES = [MODULATION, *(name for name in MORE_LINEARS if name != MODULATION), *ATTENTION]
 
 
 def with_every_kind(model):
     """All kinds of patches at once, each on a linear of its own."""
-    with patch.dict(patches.SHAPES, ATTENTION):
-        for kind, name in zip(KINDS, PLACES, strict=True):
-            model = patched(model, kind, 0.8, (name,))
+    for kind, name in zip(KINDS, PLACES, strict=True):
+        model = patched(model, kind, 0.8, (name,))
     return model
 
 
@@ -30,7 +26,9 @@ def picture_with_every_kind(model):
 
 
 def picture_with_hooks(model):
-    return sample(model, **QUICK | {"steps": 4}, hooks=lora_hooks(lora, (0.2, 1.5), (MODULATION, "final_linear")))
+    return sample(
+        model, **QUICK | {"steps": 4}, hooks=lora_hooks(model, lora, (0.2, 1.5), (MODULATION, "final_linear"))
+    )
 
 
 def picture_with_lora(model):

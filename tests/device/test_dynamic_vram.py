@@ -2,14 +2,13 @@
 
 import comfy.model_management as management
 import pytest
-import torch
-from auraflow_gguf.loader.comfyui.model import load_model
 from auraflow_gguf.loader.comfyui.patcher import GGUFModelPatcherDynamic
 from auraflow_gguf.loader.comfyui.text_encoder import load_text_encoder
 
-from ..host.aura_files import TEXT_SIZES, make_gguf, make_text_encoder_gguf
+from ..host.aura_files import TEXT_SIZES, make_text_encoder_gguf
 from ..host.patches import lora, patched
 from ..host.sampling import QUICK, relative_error, sample
+from ..host.small_auraflow import load_small, small_gguf
 from .dynamic_vram import dynamic_vram
 from .host_on_device import device_memory, on_the_cpu
 from .pictures import picture, picture_with_every_kind, picture_with_hooks, picture_with_lora
@@ -31,7 +30,7 @@ def at_random():
 @pytest.fixture
 def model():
     with dynamic_vram():
-        made = load_model(make_gguf("Q4_0"), torch.float32)
+        made = load_small(small_gguf("Q4_0"))
         assert type(made) is GGUFModelPatcherDynamic
         yield made
 

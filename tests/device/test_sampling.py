@@ -4,11 +4,10 @@ interrupted, out of memory, moved in mid-run, and beside another model."""
 import comfy.model_management as management
 import pytest
 import torch
-from auraflow_gguf.loader.comfyui.model import load_model
 
-from ..host.aura_files import make_gguf
 from ..host.patches import diff, lora, patched
 from ..host.sampling import QUICK, relative_error, sample
+from ..host.small_auraflow import load_small, small_gguf
 from .host_on_device import SIZE, device_memory
 from .pictures import picture, picture_with_every_kind, picture_with_hooks, picture_with_lora
 from .simulated import accelerator
@@ -19,7 +18,7 @@ MODES = ("full", "half", "lowvram")
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(make_gguf("Q4_0"), torch.float32)
+    return load_small(small_gguf("Q4_0"))
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -120,7 +119,7 @@ def test_memory_taken_away_between_steps(model, expected):
 
 
 def test_two_models_in_turn_where_one_fits(model, expected):
-    other = load_model(make_gguf("Q4_0"), torch.float32)
+    other = load_small(small_gguf("Q4_0"))
     with device_memory(management, model, "full"):
         size = int(management.minimum_inference_memory() + model.model_size() * 1.2)
         with accelerator.limited(size):

@@ -41,7 +41,7 @@ def make_gguf(type_name: str, *tensor_types: str) -> Path:
         recipe = recipe_for(type_name, tensor_types)
         random_models.make_packed_auraflow(target, recipe, double_layers=1, single_layers=1)
 
-    return _made(f"{_recipe_name('auraflow', type_name, *tensor_types)}.{_code_hash()}.gguf", make)
+    return made(f"{recipe_name('auraflow', type_name, *tensor_types)}.{code_hash()}.gguf", make)
 
 
 def make_text_encoder_gguf(type_name: str, *tensor_types: str) -> Path:
@@ -51,7 +51,7 @@ def make_text_encoder_gguf(type_name: str, *tensor_types: str) -> Path:
     def make(target: Path) -> None:
         convert(checkpoint, target, type_name, tensor_types=tensor_types, fixed=TEXT_SIZES)
 
-    return _made(f"{_recipe_name('pile-t5', type_name, *tensor_types)}.{_code_hash()}.gguf", make)
+    return made(f"{recipe_name('pile-t5', type_name, *tensor_types)}.{code_hash()}.gguf", make)
 
 
 def make_text_encoder_checkpoint() -> Path:
@@ -60,14 +60,16 @@ def make_text_encoder_checkpoint() -> Path:
     def make(target: Path) -> None:
         random_models.make_text_encoder(target, layers=TEXT_LAYERS)
 
-    return _made(f"pile-t5.v{random_models.VERSION}.safetensors", make)
+    return made(f"pile-t5.v{random_models.VERSION}.safetensors", make)
 
 
-def _recipe_name(*parts: str) -> str:
+def recipe_name(*parts: str) -> str:
+    """A file's name out of what its recipe is called."""
     return "-".join(parts).replace("*", "_")
 
 
-def _made(name: str, make: Callable[[Path], None]) -> Path:
+def made(name: str, make: Callable[[Path], None]) -> Path:
+    """A file in the cache, made when it is missing."""
     folder = cache_folder() / "tests"
     target = folder / name
     with locked(folder / "lock"):
@@ -88,7 +90,7 @@ def _remove_older(versions: Iterable[Path], keep: int = 2) -> None:
 
 
 @functools.cache
-def _code_hash() -> str:
+def code_hash() -> str:
     """Of the code that makes the files, so that a change of it makes new ones."""
     sources = [*ROOT.glob("quantizer/**/*.py"), ROOT / "devtools" / "random_models.py"]
     digest = hashlib.sha256()
@@ -154,14 +156,8 @@ def _dequantize(packed: np.ndarray, info: TensorInfo) -> np.ndarray:
     return libgguf.dequantize_rows(packed.reshape(-1, info.type.row_bytes(info.shape[-1])), info.type.id)
 
 
-@functools.lru_cache(maxsize=1)
-def dense_twin(path: Path):
-    """The dense twin of a file, loaded by ComfyUI alone; one for all tests, which patch clones of it."""
-    return load_dense(path)
-
-
 def load_dense(path: Path):
-    """The same for a test that changes the weights themselves."""
+    """The dense twin of a file, loaded by ComfyUI alone."""
     return comfy.sd.load_diffusion_model_state_dict(dense_state_dict(path), model_options={"dtype": torch.float32})
 
 

@@ -6,6 +6,8 @@ from contextlib import contextmanager
 
 import torch
 
+from .sampling import text_width
+
 CPU = torch.device("cpu")
 
 
@@ -16,7 +18,7 @@ def forward(patcher, *, size=8, tokens=6, batch=1, seed=3, options=None) -> torc
     """
     generator = torch.Generator().manual_seed(seed)
     latent = torch.randn(batch, 4, size, size, generator=generator)
-    context = torch.randn(batch, tokens, 2048, generator=generator)
+    context = torch.randn(batch, tokens, text_width(patcher), generator=generator)
     sigma = torch.full((batch,), 0.7)
     return patcher.model.apply_model(latent, sigma, c_crossattn=context, transformer_options=options or {})
 

@@ -8,13 +8,10 @@ import comfy.hooks
 import comfy.lora
 import torch
 
-LINEARS = {  # of two widths, in a layer and outside, and one that is too small to be anything but loaded whole
-    "double_layers.0.attn.w2k": (3072, 3072),
-    "cond_seq_linear": (3072, 2048),
-    "final_linear": (16, 3072),
-}
+# Of two widths, in a layer and outside, and one that is too small to be anything but loaded whole, or dense.
+LINEARS = ("double_layers.0.attn.w2k", "cond_seq_linear", "final_linear")
 MODULATION = "single_layers.0.modCX.1"
-SHAPES = LINEARS | {MODULATION: (18432, 3072), "single_layers.0.mlp.c_proj": (3072, 8192)}
+MORE_LINEARS = (*LINEARS, MODULATION, "single_layers.0.mlp.c_proj")
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -69,15 +66,25 @@ KINDS = [lora, lora_alpha, dora, loha, lokr, glora, oft, boft, diff]
 IN_EVERY_HOST = (lora, loha, dora, lokr)  # of low rank, and of those that are functions of the weight
 
 
+def shapes_of(patcher, names=LINEARS) -> dict[str, tuple[int, int]]:
+    """Of the weights of a model's linears."""
+    modules = {name: patcher.model.diffusion_model.get_submodule(name) for name in names}
+    return {name: (module.out_features, module.in_features) for name, module in modules.items()}
+
+
+def state_of(patcher, kind, names=LINEARS) -> dict[str, torch.Tensor]:
+    """What a file has of patches of one kind on a model's linears."""
+    return _state_of(kind, tuple(shapes_of(patcher, names).items()))
+
+
 @functools.lru_cache(maxsize=4)
-def state_of(kind, names: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """What a file has of patches of one kind on the linears."""
-    return {key: value for name in names for key, value in kind(f"diffusion_model.{name}", SHAPES[name]).items()}
+def _state_of(kind, shapes: tuple[tuple[str, tuple[int, int]], ...]) -> dict[str, torch.Tensor]:
+    return {key: value for name, shape in shapes for key, value in kind(f"diffusion_model.{name}", shape).items()}
 
 
-def patched(patcher, kind, strength=1.0, names=tuple(LINEARS)):
+def patched(patcher, kind, strength=1.0, names=LINEARS):
     """A clone with patches of one kind on the linears, loaded as ComfyUI loads a file of them."""
-    state = state_of(kind, tuple(names))
+    state = state_of(patcher, kind, names)
     keys = comfy.lora.model_lora_keys_unet(patcher.model, {})
     clone = patcher.clone()
     applied = clone.add_patches(comfy.lora.load_lora(state, keys), strength)
@@ -85,15 +92,15 @@ def patched(patcher, kind, strength=1.0, names=tuple(LINEARS)):
     return clone
 
 
-def outputs(patcher, names=tuple(LINEARS)) -> dict[str, torch.Tensor]:
+def outputs(patcher, names=LINEARS) -> dict[str, torch.Tensor]:
     """What linears give for fixed inputs; the patcher's weights must be loaded."""
     modules = {name: patcher.model.diffusion_model.get_submodule(name) for name in names}
     return {name: module(noise(5, module.in_features)) for name, module in modules.items()}
 
 
-def lora_hooks(kind, strengths=(1.0,), names=tuple(LINEARS)):
+def lora_hooks(patcher, kind, strengths=(1.0,), names=LINEARS):
     """What Create Hook LoRA makes, with a keyframe for each strength, spread over the steps."""
-    hooks = comfy.hooks.create_hook_lora(state_of(kind, names), 1.0, 0.0)
+    hooks = comfy.hooks.create_hook_lora(state_of(patcher, kind, names), 1.0, 0.0)
     keyframes = comfy.hooks.HookKeyframeGroup()
     for number, strength in enumerate(strengths):
         keyframes.add(comfy.hooks.HookKeyframe(strength, start_percent=number / len(strengths)))

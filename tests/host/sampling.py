@@ -32,9 +32,10 @@ def sample(
         options: as ``comfy.sample.sample`` takes them.
     """
     generator = torch.Generator().manual_seed(seed)
+    width = text_width(model)
     noise = torch.randn(1, 4, size, size, generator=generator)
-    positive = [[torch.randn(1, tokens, 2048, generator=generator), region] for region in regions]
-    negative = [[torch.randn(1, tokens, 2048, generator=generator), {}]]
+    positive = [[torch.randn(1, tokens, width, generator=generator), region] for region in regions]
+    negative = [[torch.randn(1, tokens, width, generator=generator), {}]]
     positive = comfy.hooks.set_hooks_for_conditioning(positive, hooks)
     latent = torch.zeros_like(noise)
     return comfy.sample.sample(
@@ -51,6 +52,11 @@ def sample(
         disable_pbar=True,
         **options,
     )
+
+
+def text_width(model) -> int:
+    """How wide an AuraFlow's conditioning is."""
+    return model.model.model_config.unet_config["cond_seq_dim"]
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -71,6 +71,7 @@ def measurements(models):
     return {(group, name): error for errors in kept for group, types in errors.items() for name, error in types.items()}
 
 
+@pytest.mark.host_independent
 def test_a_model_is_fitted_to_a_size(packed, folders, quickly, monkeypatch):
     """With a LoRA; interrupted, and resumed for another size; then in our node, diffusers and gguf-py."""
     output, models = folders

@@ -6,16 +6,15 @@ import comfy.utils
 import pytest
 import torch
 from auraflow_gguf.loader.comfyui.lora import load_lora
-from auraflow_gguf.loader.comfyui.model import load_model
 from auraflow_gguf.loader.files.auraflow import AURAFLOW
 from auraflow_gguf.loader.files.errors import ModelFileError
 from auraflow_gguf.nodes.save import ModelCheckpoint
 from comfy.model_patcher import ModelPatcher
 from safetensors.torch import save_file
 
-from .aura_files import dense_twin, make_gguf
 from .forward import forward, loaded
 from .sampling import relative_error
+from .small_auraflow import HIDDEN, load_small, small_dense_twin, small_gguf
 
 MODULES = ["double_layers.0.attn.w1q", "double_layers.0.mlpX.c_fc2", "single_layers.0.attn.w1o", "modF.1"]
 
@@ -46,7 +45,7 @@ SPELLINGS = {
 
 @pytest.fixture(scope="module")
 def packed():
-    return load_model(make_gguf("Q4_0"))
+    return load_small(small_gguf("Q4_0"))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +83,7 @@ def expected(shapes):
 
 def forward_with(changes: dict[str, torch.Tensor]) -> torch.Tensor:
     """What the dense model gives with these sums onto its weights."""
-    dense = dense_twin(make_gguf("Q4_0")).clone()
+    dense = small_dense_twin(small_gguf("Q4_0")).clone()
     dense.add_patches({f"diffusion_model.{name}.weight": (change,) for name, change in changes.items()})
     with loaded(dense, "full"):
         return forward(dense)
@@ -114,8 +113,8 @@ def test_every_spelling_gives_the_same_picture(packed, shapes, expected, tmp_pat
 def test_modules_that_the_model_lacks_are_named(packed, shapes, tmp_path):
     path = write(tmp_path / "lora.safetensors", shapes, SPELLINGS["lycoris_<native>"][0])
     tensors = comfy.utils.load_torch_file(str(path))
-    tensors["lycoris_single_layers_7_attn_w1q.lora_up.weight"] = torch.zeros(3072, 4)
-    tensors["lycoris_single_layers_7_attn_w1q.lora_down.weight"] = torch.zeros(4, 3072)
+    tensors["lycoris_single_layers_7_attn_w1q.lora_up.weight"] = torch.zeros(HIDDEN, 4)
+    tensors["lycoris_single_layers_7_attn_w1q.lora_down.weight"] = torch.zeros(4, HIDDEN)
     save_file(tensors, path)
     _, report = load_lora(packed, path, 1.0)
     assert str(report) == "matched 4 of 5 modules; not in this model: lycoris_single_layers_7_attn_w1q"
@@ -124,7 +123,9 @@ def test_modules_that_the_model_lacks_are_named(packed, shapes, tmp_path):
 @pytest.mark.host_independent
 def test_a_flux_lora_is_not_applied_to_the_modules_of_the_same_name(packed, tmp_path):
     modules = ("single_transformer_blocks.0.attn.to_k", "single_transformer_blocks.0.proj_mlp")
-    tensors = {f"transformer.{name}.lora_{letter}.weight": torch.zeros(3072, 4) for name in modules for letter in "AB"}
+    tensors = {
+        f"transformer.{name}.lora_{letter}.weight": torch.zeros(HIDDEN, 4) for name in modules for letter in "AB"
+    }
     save_file(tensors, tmp_path / "flux.safetensors")
     with pytest.raises(ModelFileError, match=r"found a Flux or Chroma LoRA \(.*proj_mlp\).*are another model's"):
         load_lora(packed, tmp_path / "flux.safetensors", 1.0)
@@ -136,7 +137,7 @@ def test_an_adapter_of_any_name_compiled_modules_and_what_is_not_applied(packed,
     renamed = {name.replace(".weight", ".my_style.weight"): tensor for name, tensor in tensors.items()}
     renamed = {name.replace("layers.0.", "layers.0._orig_mod."): tensor for name, tensor in renamed.items()}
     unknown = f"base_model.model.{MODULES[0]}.lora_C"
-    save_file({f"_orig_mod.{name}": tensor for name, tensor in renamed.items()} | {unknown: torch.ones(3072)}, path)
+    save_file({f"_orig_mod.{name}": tensor for name, tensor in renamed.items()} | {unknown: torch.ones(HIDDEN)}, path)
     model, report = load_lora(packed, path, 1.0)
     assert str(report) == f"matched 4 of 4 modules; not applied: {unknown}"
     with loaded(model, "full"):
@@ -159,7 +160,7 @@ FUSED = {
 def fused_factors() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     generator = torch.Generator().manual_seed(5)
     return {
-        name: (torch.randn(9216, 4, generator=generator) * 0.1, torch.randn(4, 3072, generator=generator) * 0.1)
+        name: (torch.randn(3 * HIDDEN, 4, generator=generator) * 0.1, torch.randn(4, HIDDEN, generator=generator) * 0.1)
         for name in FUSED
     }
 
@@ -170,7 +171,7 @@ def fused_expected(fused_factors):
     changes = {}
     for name, keys in FUSED.items():
         up, down = fused_factors[name]
-        changes |= {key: rows @ down for key, rows in zip(keys, up.split(3072), strict=True)}
+        changes |= {key: rows @ down for key, rows in zip(keys, up.split(HIDDEN), strict=True)}
     return forward_with(changes)
 
 
@@ -203,8 +204,8 @@ def test_a_weight_that_a_file_changes_twice_has_both_changes(packed, fused_facto
     generator = torch.Generator().manual_seed(6)
     name = "single_transformer_blocks.0.attn.to_qkv"
     up, down = fused_factors[name]
-    own = torch.randn(3072, 2, generator=generator), torch.randn(2, 3072, generator=generator)
-    w1, w2 = torch.randn(16, 4, generator=generator), torch.randn(576, 768, generator=generator)
+    own = torch.randn(HIDDEN, 2, generator=generator), torch.randn(2, HIDDEN, generator=generator)
+    w1, w2 = torch.randn(16, 4, generator=generator), torch.randn(96, 128, generator=generator)
     tensors = {f"transformer.{name}.lora_B.weight": up, f"transformer.{name}.lora_A.weight": down}
     tensors |= {f"lycoris_{_underscored(name)}.lokr_w1": w1, f"lycoris_{_underscored(name)}.lokr_w2": w2}
     tensors["transformer.single_transformer_blocks.0.attn.to_k.lora_B.weight"] = own[0]
@@ -213,15 +214,15 @@ def test_a_weight_that_a_file_changes_twice_has_both_changes(packed, fused_facto
     model, report = load_lora(packed, tmp_path / "lora.safetensors", 0.5)
     assert str(report) == "matched 3 of 3 modules"
     key = "diffusion_model.single_layers.0.attn.w1k.weight"
-    change = comfy.lora.calculate_weight(model.patches[key], torch.zeros(3072, 3072), key)
-    rows = slice(3072, 6144)
+    change = comfy.lora.calculate_weight(model.patches[key], torch.zeros(HIDDEN, HIDDEN), key)
+    rows = slice(HIDDEN, 2 * HIDDEN)
     expected = 0.5 * (up[rows] @ down + torch.kron(w1, w2)[rows] + own[0] @ own[1])
     assert relative_error(change, expected) < 1e-5
 
 
 def test_a_fused_module_that_cannot_be_cut_is_refused(packed, tmp_path):
     name = "transformer.joint_transformer_blocks.0.attn.to_added_qkv"
-    save_file({f"{name}.oft_blocks": torch.zeros(8, 1152, 1152)}, tmp_path / "oft.safetensors")
+    save_file({f"{name}.oft_blocks": torch.zeros(8, 192, 192)}, tmp_path / "oft.safetensors")
     with pytest.raises(ModelFileError, match=r"^oft.*to_added_qkv, which has oft_blocks, .* without fused projections"):
         load_lora(packed, tmp_path / "oft.safetensors", 1.0)
 
@@ -229,14 +230,19 @@ def test_a_fused_module_that_cannot_be_cut_is_refused(packed, tmp_path):
 @pytest.mark.parametrize(
     ("module", "rows", "name", "own"),
     [
-        ("single_transformer_blocks.0.attn.to_v", 3072, "single_layers.0.attn.w1v", lambda rows: rows),
-        ("single_transformer_blocks.0.attn.to_qkv", 9216, "single_layers.0.attn.w1v", lambda rows: rows[-3072:]),
-        ("norm_out.linear", 6144, "modF.1", lambda rows: rows.roll(3072, 0)),
+        ("single_transformer_blocks.0.attn.to_v", HIDDEN, "single_layers.0.attn.w1v", lambda rows: rows),
+        (
+            "single_transformer_blocks.0.attn.to_qkv",
+            3 * HIDDEN,
+            "single_layers.0.attn.w1v",
+            lambda rows: rows[-HIDDEN:],
+        ),
+        ("norm_out.linear", 2 * HIDDEN, "modF.1", lambda rows: rows.roll(HIDDEN, 0)),
     ],
 )
 def test_a_dora_of_peft_is_applied_by_its_own_formula(packed, tmp_path, module, rows, name, own):
     path, generator = tmp_path / "dora.safetensors", torch.Generator().manual_seed(7)
-    up, down = torch.randn(rows, 4, generator=generator) * 0.01, torch.randn(4, 3072, generator=generator)
+    up, down = torch.randn(rows, 4, generator=generator) * 0.01, torch.randn(4, HIDDEN, generator=generator)
     magnitude = torch.rand(rows, 1, generator=generator) + 0.5
     tensors = {"lora_A.weight": down, "lora_B.weight": up, "lora_magnitude_vector.default.weight": magnitude.flatten()}
     save_file({f"base_model.model.{module}.{key}": tensor for key, tensor in tensors.items()}, path)
@@ -267,7 +273,7 @@ def test_a_dora_of_peft_on_what_is_no_lora_is_refused(packed, tmp_path):
 
 
 def test_a_change_of_a_bias_alone_is_matched(packed, tmp_path):
-    change = torch.ones(3072)
+    change = torch.ones(HIDDEN)
     save_file({"lora_unet_t_embedder_mlp_0.diff_b": change}, tmp_path / "lora.safetensors")
     model, report = load_lora(packed, tmp_path / "lora.safetensors", 1.0)
     assert str(report) == "matched 1 of 1 modules"

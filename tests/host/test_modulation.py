@@ -6,7 +6,6 @@ import comfy.sd
 import pytest
 import torch
 from auraflow_gguf.loader.comfyui import modulation
-from auraflow_gguf.loader.comfyui.model import load_model
 from auraflow_gguf.loader.comfyui.modulation import WRAPPER_KEY, mapped_linears, table_of, without_cache
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy.patcher_extension import WrappersMP
@@ -14,15 +13,17 @@ from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 
-from .aura_files import make_gguf
 from .forward import CPU, loaded, sampler_options
 from .patches import MODULATION, diff, dora, lora, lora_hooks, patched, state_of
 from .sampling import QUICK, relative_error, sample
+from .small_auraflow import HIDDEN, TEXT, load_small, small_gguf
+
+SINGLE = ("single_layers.0.modCX", "single_layers.1.modCX")
 
 
 @pytest.fixture(scope="module")
 def model():
-    return load_model(make_gguf("Q4_0"))
+    return load_small(small_gguf("Q4_0"))
 
 
 @pytest.fixture
@@ -49,7 +50,7 @@ def shallow(model):
     inner, clone = model.model.diffusion_model, model.clone()
 
     def modulate(args, extra):
-        shift, scale, _ = inner.single_layers[0].modCX(args["vec"])[:, None, :9216].chunk(3, dim=-1)
+        shift, scale, _ = inner.single_layers[0].modCX(args["vec"])[:, None, : 3 * HIDDEN].chunk(3, dim=-1)
         return {"img": args["img"] * (1 + scale) + shift}
 
     clone.set_model_patch_replace(lambda args, extra: args, "dit", "double_block", 0)
@@ -87,7 +88,7 @@ def test_the_table_is_bounded_and_goes_with_the_model(model, table, monkeypatch)
     monkeypatch.setattr(modulation, "MAX_ROWS", 5)
     sample(model, **QUICK, cfg=1.0)
     row = table.nbytes // len(table)
-    assert row == 4 * (3072 + 3 * 18432 + 6144)  # float32: the vector, modC, modX, modCX and modF
+    assert row == 4 * HIDDEN * (1 + 4 * 6 + 2)  # float32: the vector, modC, modX, modCX twice, and modF
     for timestep in range(5):
         inner = model.model.diffusion_model
         with table.at([timestep / 5], inner, None, list, torch.float32, CPU):
@@ -123,7 +124,7 @@ def test_ways_to_sample(shallow, settings):
 
 def test_a_batch_of_different_timesteps(model, table):
     generator = torch.Generator().manual_seed(0)
-    latent, context = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 6, 2048, generator=generator)
+    latent, context = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 6, TEXT, generator=generator)
     sigmas = torch.tensor([0.9, 0.4, 0.9])
     with loaded(model, "full"):
         cached, expected = (
@@ -146,7 +147,7 @@ def test_patched_modulation_has_rows_of_its_own(shallow, table, kind):
 
 def test_hooks_on_modulation_that_change_in_mid_run(shallow):
     base = assert_cache_changes_nothing(shallow, steps=4)
-    hooked = assert_cache_changes_nothing(shallow, steps=4, hooks=lora_hooks(lora, (0.2, 1.5), (MODULATION,)))
+    hooked = assert_cache_changes_nothing(shallow, steps=4, hooks=lora_hooks(shallow, lora, (0.2, 1.5), (MODULATION,)))
     assert relative_error(hooked, base) > 1e-3
     assert torch.equal(sample(shallow, **QUICK | {"steps": 4}), base)
 
@@ -158,7 +159,7 @@ def test_merged_modulation(shallow):
 
 
 def test_bypass_lora(shallow):
-    bypassed, _ = comfy.sd.load_bypass_lora_for_models(shallow, None, state_of(lora, (MODULATION,)), 1.0, 0.0)
+    bypassed, _ = comfy.sd.load_bypass_lora_for_models(shallow, None, state_of(shallow, lora, (MODULATION,)), 1.0, 0.0)
     assert relative_error(assert_cache_changes_nothing(bypassed), sample(shallow, **QUICK)) > 1e-3
 
 
@@ -183,7 +184,7 @@ def test_compiled_in_one_graph(model):
 @pytest.mark.host_independent
 def test_another_compute_type_and_another_loader(model):
     base = sample(model, **QUICK)
-    half = load_model(make_gguf("Q4_0"), torch.bfloat16)
+    half = load_small(small_gguf("Q4_0"), torch.bfloat16)
     cached = sample(half, **QUICK)
     assert relative_error(cached, sample(without_cache(half), **QUICK)) < 2e-3
     assert relative_error(cached, base) > 1e-3
@@ -191,12 +192,11 @@ def test_another_compute_type_and_another_loader(model):
 
 
 def test_modulation_is_not_counted_nor_moved(model):
-    whole = load_model(make_gguf("Q4_0"), modulation_cache=False)
+    whole = load_small(small_gguf("Q4_0"), modulation_cache=False)
     assert table_of(whole.model) is None
     linears = mapped_linears(model.model)
     assert sorted(linears) == [
-        f"diffusion_model.{name}.1"
-        for name in ("double_layers.0.modC", "double_layers.0.modX", "modF", "single_layers.0.modCX")
+        f"diffusion_model.{name}.1" for name in ("double_layers.0.modC", "double_layers.0.modX", "modF", *SINGLE)
     ]
     mapped = sum(linear.weight.nbytes for linear in linears.values())
     assert model.model_size() == whole.model_size() - mapped
@@ -205,7 +205,7 @@ def test_modulation_is_not_counted_nor_moved(model):
             assert model.loaded_size() <= model.model_size()
     assert sample(whole, **QUICK).equal(sample(without_cache(model), **QUICK))
     whole.model.to("meta")
-    fresh = load_model(make_gguf("Q4_0"))
+    fresh = load_small(small_gguf("Q4_0"))
     fresh.model.to("meta")
     for linear in mapped_linears(fresh.model).values():
         assert linear.weight.device == CPU

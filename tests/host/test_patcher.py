@@ -10,25 +10,32 @@ from auraflow_gguf.loader.comfyui.model import load_model
 from auraflow_gguf.loader.comfyui.patcher import GGUFModelPatcher, WeightPatches
 from auraflow_gguf.loader.weights.layout import is_packed
 
-from .aura_files import dense_twin, make_gguf
+from .aura_files import make_gguf
 from .forward import CPU, MODES, forward, loaded
-from .patches import IN_EVERY_HOST, KINDS, LINEARS, diff, dora, loha, lora, lora_alpha, noise, outputs, patched
+from .patches import IN_EVERY_HOST, KINDS, diff, dora, loha, lora, lora_alpha, noise, outputs, patched, shapes_of
 from .sampling import QUICK, relative_error, sample
+from .small_auraflow import load_small, small_dense_twin, small_gguf
 
 
 @pytest.fixture(scope="module")
 def path():
-    return make_gguf("Q4_0")
+    return small_gguf("Q4_0")
 
 
 @pytest.fixture(scope="module")
 def packed(path):
-    return load_model(path)
+    return load_small(path)
+
+
+@pytest.fixture(scope="module")
+def wide():
+    """Of full width, so that final_linear is large enough to stay packed, for what is counted and not computed."""
+    return load_model(make_gguf("Q4_0"))
 
 
 @pytest.fixture(scope="module")
 def dense(path):
-    return dense_twin(path)
+    return small_dense_twin(path)
 
 
 def assert_equal_to(actual: dict, expected: dict, *, but_not_to: dict | None = None, mode: str) -> None:
@@ -103,8 +110,8 @@ def test_strength_zero_is_the_base_and_a_strength_comes_back_bit_by_bit(packed):
     assert torch.equal(sample(packed, **settings), base)
 
 
-def test_weights_stay_packed_but_for_those_that_memory_allows_to_keep_patched(packed):
-    model = patched(patched(packed, lora), diff, names=["double_layers.0.attn.w2k"])
+def test_weights_stay_packed_but_for_those_that_memory_allows_to_keep_patched(wide):
+    model = patched(patched(wide, lora), diff, names=["double_layers.0.attn.w2k"])
     inner = model.model.diffusion_model
     with_lora, with_diff = inner.cond_seq_linear, inner.double_layers[0].attn.w2k
     for mode in ("lowvram", "full"):
@@ -119,18 +126,18 @@ def test_weights_stay_packed_but_for_those_that_memory_allows_to_keep_patched(pa
                 assert not is_packed(with_diff.weight)
                 dense = with_diff.weight.nbytes * (1 - 18 / (32 * 4))  # Q4_0 has 18 bytes for 32 weights
                 factors = with_lora.low_rank.nbytes + inner.final_linear.low_rank.nbytes
-                assert model.loaded_size() == packed.model_size() + factors + dense
+                assert model.loaded_size() == wide.model_size() + factors + dense
     assert is_packed(with_diff.weight)
-    for module in packed.model.modules():
+    for module in wide.model.modules():
         assert getattr(module, "low_rank", None) is None
         assert not getattr(module, "weight_function", None)
 
 
 @pytest.mark.parametrize("kind", [lora, dora, diff], ids=lambda kind: kind.__name__)
 def test_patches_on_a_weight_so_small_that_it_is_loaded_dense(kind):
-    packed = load_model(make_gguf("Q2_K", "final_linear=Q2_K"))
+    packed = load_small(small_gguf("Q2_K", "final_linear=Q2_K"))
     linear, names = packed.model.diffusion_model.final_linear, ("final_linear",)
-    assert not is_packed(linear.weight)  # 15 KB
+    assert not is_packed(linear.weight)  # 3 KB
     model = patched(packed, kind, names=names)
     key = "diffusion_model.final_linear.weight"
     changed = comfy.lora.calculate_weight(model.patches[key], linear.weight.detach().clone(), key)
@@ -140,9 +147,9 @@ def test_patches_on_a_weight_so_small_that_it_is_loaded_dense(kind):
             assert_equal_to(outputs(model, names), expected, mode=mode)
 
 
-def test_factors_count_in_what_a_full_load_may_take(packed):
-    model = patched(packed, functools.partial(lora, rank=2048))
-    factors = sum(2048 * sum(shape) * 4 for shape in LINEARS.values())
+def test_factors_count_in_what_a_full_load_may_take(wide):
+    model = patched(wide, functools.partial(lora, rank=2048))
+    factors = sum(2048 * sum(shape) * 4 for shape in shapes_of(wide).values())
     try:
         model.partially_load(CPU, extra_memory=model.model_size() + 1)
         assert model.model.model_lowvram
@@ -156,7 +163,7 @@ def test_factors_count_in_what_a_full_load_may_take(packed):
 
 def test_a_weight_that_is_pinned_has_memory_of_its_own(path, monkeypatch):
     """Page-locking needs a GPU: what ComfyUI would lock is looked at."""
-    model = load_model(path)
+    model = load_small(path)
     pinned = []
     monkeypatch.setattr(comfy.model_management, "MAX_PINNED_MEMORY", 1 << 40)
     monkeypatch.setattr(comfy.model_management, "pin_memory", lambda weight: pinned.append(weight) or False)
@@ -173,7 +180,7 @@ def test_a_weight_that_is_pinned_has_memory_of_its_own(path, monkeypatch):
 
 
 def test_the_factors_count_as_loaded_memory(packed):
-    model = patched(packed, lambda name, shape: lora(name, shape, rank=512))
+    model = patched(packed, lambda name, shape: lora(name, shape, rank=256))
     model.unpatch_model(torch.device("cpu"))
     limit = packed.model_size() // 2
     model.patch_model(torch.device("cpu"), lowvram_model_memory=limit)
@@ -185,12 +192,10 @@ def test_the_factors_count_as_loaded_memory(packed):
 
 
 def test_a_lora_for_weights_of_another_shape_is_refused(packed):
-    state = lora("diffusion_model.double_layers.0.attn.w2k", (3072, 2048))
+    state = lora("diffusion_model.double_layers.0.attn.w2k", (512, 256))
     model = packed.clone()
     model.add_patches(comfy.lora.load_lora(state, comfy.lora.model_lora_keys_unet(model.model, {})))
-    with pytest.raises(
-        ValueError, match=r"w2k.weight as a weight of 3072 × 2048, but it has 3072 × 3072: .*another model"
-    ):
+    with pytest.raises(ValueError, match=r"w2k.weight as a weight of 512 × 256, but it has 512 × 512: .*another model"):
         sample(model, **QUICK)
     assert sample(packed, **QUICK).isfinite().all()
 

@@ -1,4 +1,4 @@
-"""The nodes that make files: executed as the server does, at full width with one layer of each kind."""
+"""The nodes that make files, executed as the server does."""
 
 import asyncio
 import os
@@ -30,25 +30,26 @@ from safetensors.torch import load_file
 
 from .aura_files import (
     TEXT_SIZES,
-    dense_twin,
+    dense_state_dict,
     make_gguf,
     make_text_encoder_checkpoint,
     make_text_encoder_gguf,
 )
 from .patches import LINEARS, lora, patched
 from .sampling import QUICK, relative_error, sample
+from .small_auraflow import TEXT, load_small, small_dense_twin, small_gguf
 
 CHECKPOINT = "auraflow.safetensors"
 
 
 @pytest.fixture(scope="module")
 def path():
-    return make_gguf("Q4_0")
+    return small_gguf("Q4_0")
 
 
 @pytest.fixture(scope="module")
 def packed(path):
-    return load_model(path, torch.float32)
+    return load_small(path)
 
 
 @pytest.fixture
@@ -56,6 +57,12 @@ def output(tmp_path, monkeypatch):
     """ComfyUI's output folder."""
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     return tmp_path
+
+
+@pytest.fixture
+def of_any_width(monkeypatch):
+    """Files of a small model are written too."""
+    monkeypatch.setitem(PARTS, "transformer", replace(PARTS["transformer"], fixed={}))
 
 
 @pytest.fixture
@@ -79,7 +86,7 @@ def packed_bytes(path):
     return {name: (info.type.name, file.packed(name)) for name, info in file.tensors.items()}
 
 
-def test_a_model_with_a_lora_gives_its_picture_from_the_file(packed, path, output):
+def test_a_model_with_a_lora_gives_its_picture_from_the_file(packed, path, output, of_any_width):
     model = patched(packed, lora)
     expected = sample(model, **QUICK)
     assert relative_error(sample(packed, **QUICK), expected) > 1e-2
@@ -93,15 +100,15 @@ def test_a_model_with_a_lora_gives_its_picture_from_the_file(packed, path, outpu
         elif type_name == "Q4_0":
             assert after[name][0] == "Q4_0"
             assert torch.equal(after[name][1], blocks), name
-    assert relative_error(sample(load_model(target, torch.float32), **QUICK), expected) < 1e-4
+    assert relative_error(sample(load_small(target), **QUICK), expected) < 1e-4
     assert relative_error(sample(packed, **QUICK), expected) > 1e-2  # nothing was baked into the model itself
 
 
-def test_a_dense_model_with_a_lora_is_quantized(path, output):
-    dense = dense_twin(path)
+def test_a_dense_model_with_a_lora_is_quantized(path, output, of_any_width):
+    dense = small_dense_twin(path)
     model = patched(dense, lora)
     expected = sample(model, **QUICK)
-    saved = load_model(save(model, "Q8_0"), torch.float32)
+    saved = load_small(save(model, "Q8_0"))
     assert relative_error(sample(dense, **QUICK), expected) > 2e-2
     assert relative_error(sample(saved, **QUICK), expected) < 5e-3
 
@@ -125,10 +132,10 @@ def test_patches_are_those_of_the_model_whatever_is_loaded(packed):
 
 
 @pytest.fixture(scope="module")
-def quantized_by_comfyui(path):
+def quantized_by_comfyui():
     """The same weights in ComfyUI's own fp8, as its MODEL; the fp8 numbers by name, dense; and their shapes."""
     state = {}
-    weights = dense_twin(path).model.diffusion_model.state_dict()
+    weights = dense_state_dict(make_gguf("Q4_0"))
     for name, weight in weights.items():
         if "_layers." in name:
             layer = name.removesuffix(".weight")
@@ -146,6 +153,7 @@ def quantized_by_comfyui(path):
     return comfy.sd.load_diffusion_model_state_dict(state.copy()), dense, shapes
 
 
+@pytest.mark.host_independent
 def test_a_model_that_comfyui_has_quantized_is_saved(quantized_by_comfyui, output):
     model, dense, shapes = quantized_by_comfyui
     with_lora = patched(model, lora, names=["double_layers.0.attn.w2k"])
@@ -160,6 +168,7 @@ def test_a_model_that_comfyui_has_quantized_is_saved(quantized_by_comfyui, outpu
     assert relative_error(weight.dequantize().float(), dense("single_layers.0.attn.w1q.weight")) < 1e-2
 
 
+@pytest.mark.host_independent
 def test_importance_of_a_model_that_comfyui_has_quantized(quantized_by_comfyui):
     model, _, shapes = quantized_by_comfyui
     matrix = ImportanceMatrix()
@@ -258,10 +267,10 @@ def test_an_interrupt_leaves_no_file(models):
     assert os.listdir(models) == [CHECKPOINT]
 
 
-def test_importance_is_collected_while_sampling(packed, path, output):
+def test_importance_is_collected_while_sampling(packed, path, output, of_any_width):
     latent = {"samples": torch.zeros(1, 4, 8, 8)}
     generator = torch.Generator().manual_seed(0)
-    positive, negative = ([[torch.randn(1, 6, 2048, generator=generator), {}]] for _ in range(2))
+    positive, negative = ([[torch.randn(1, 6, TEXT, generator=generator), {}]] for _ in range(2))
 
     def collect(model, **options):
         arguments = {"seed": 5, "steps": 2, "cfg": 3.5, "sampler_name": "euler", "scheduler": "simple"}
@@ -296,8 +305,7 @@ def test_importance_is_collected_while_sampling(packed, path, output):
         assert added.counts[name] == 2 * matrix.counts[name]
         torch.testing.assert_close(added.sums[name], 2 * sums)
 
-    dense = dense_twin(path)
-    collect(dense)
+    collect(small_dense_twin(path))
     twin = read_imatrix(output / "imatrix" / "x_00003_.gguf")
     for name in weights:
         torch.testing.assert_close(twin.sums[name], matrix.sums[name], rtol=1e-3, atol=1e-3)
@@ -311,7 +319,7 @@ def test_importance_is_collected_while_sampling(packed, path, output):
 def test_what_the_transformer_gets_is_collected_while_sampling(packed, output):
     latent = {"samples": torch.zeros(1, 4, 8, 6)}
     generator = torch.Generator().manual_seed(0)
-    positive, negative = ([[torch.randn(1, 6, 2048, generator=generator), {}]] for _ in range(2))
+    positive, negative = ([[torch.randn(1, 6, TEXT, generator=generator), {}]] for _ in range(2))
 
     def collect(seed, **options):
         return AuraFlowGGUFCalibration.execute(
@@ -347,7 +355,7 @@ def test_what_the_transformer_gets_is_collected_while_sampling(packed, output):
         assert torch.equal(kept, latents[0].to(kept.dtype))
     for side, conditioning in (("positive", positive), ("negative", negative)):
         assert torch.equal(picture.texts[side], conditioning[0][0][0].to(torch.bfloat16))
-    assert len(calibration.held_back().evaluations(2048)) == len(calibration.choosing().evaluations(2048)) == 4
+    assert len(calibration.held_back().evaluations(TEXT)) == len(calibration.choosing().evaluations(TEXT)) == 4
 
     assert torch.equal(collect(5, continue_from="x_00001_.safetensors"), first)
     added = read_calibration(output / "calibration" / "x_00002_.safetensors")

@@ -1,31 +1,31 @@
 """ComfyUI's own ways to patch and save a model, on packed weights beside the same weights dense."""
 
 import comfy.hooks
+import comfy.model_detection
 import comfy.sd
 import comfy.utils
 import pytest
 import torch
-from auraflow_gguf.loader.comfyui.model import load_model
 from auraflow_gguf.loader.weights.layout import is_packed
 from comfy.ldm.modules.attention import attention_pytorch
 from comfy_api.torch_helpers import set_torch_compile_wrapper
 from comfy_extras.nodes_model_advanced import ModelComputeDtype, ModelSamplingAuraFlow
 from comfy_extras.nodes_model_merging import ModelMergeBlocks, ModelMergeSimple, ModelSave
 
-from .aura_files import dense_twin, make_gguf
 from .forward import forward, loaded, sampler_options
-from .patches import LINEARS, SHAPES, diff, dora, lora, lora_hooks, noise, outputs, patched, state_of
+from .patches import MORE_LINEARS, diff, dora, lora, lora_hooks, noise, outputs, patched, shapes_of, state_of
 from .sampling import QUICK, relative_error, sample
+from .small_auraflow import load_small, small_dense_twin, small_gguf, small_patcher
 
 
 @pytest.fixture(scope="module")
 def packed():
-    return load_model(make_gguf("Q4_0"))
+    return load_small(small_gguf("Q4_0"))
 
 
 @pytest.fixture(scope="module")
 def dense():
-    return dense_twin(make_gguf("Q4_0"))
+    return small_dense_twin(small_gguf("Q4_0"))
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +37,8 @@ def base(packed):
 @pytest.mark.parametrize("strengths", [pytest.param((1.0,), marks=pytest.mark.host_independent), (0.2, 1.5)], ids=str)
 @pytest.mark.parametrize("kind", [lora, pytest.param(dora, marks=pytest.mark.host_independent)], ids=["lora", "dora"])
 def test_lora_hooks_with_keyframes(packed, dense, base, kind, strengths):
-    expected = sample(dense, hooks=lora_hooks(kind, strengths), **QUICK)
-    hooked = sample(packed, hooks=lora_hooks(kind, strengths), **QUICK)
+    expected = sample(dense, hooks=lora_hooks(packed, kind, strengths), **QUICK)
+    hooked = sample(packed, hooks=lora_hooks(packed, kind, strengths), **QUICK)
     assert relative_error(hooked, expected) < 1e-5
     assert relative_error(hooked, base) > 1e-3
     assert relative_error(sample(packed, **QUICK), base) == 0
@@ -51,9 +51,9 @@ def test_lora_hooks_with_keyframes(packed, dense, base, kind, strengths):
 )
 def test_hooks_over_patches(packed, dense, patch, hook):
     """What a hook changes is the patched weight: beside it, and (DoRA) where its norm counts."""
-    expected = sample(patched(dense, patch), hooks=lora_hooks(hook), **QUICK)
+    expected = sample(patched(dense, patch), hooks=lora_hooks(packed, hook), **QUICK)
     model = patched(packed, patch)
-    assert relative_error(sample(model, hooks=lora_hooks(hook), **QUICK), expected) < 1e-5
+    assert relative_error(sample(model, hooks=lora_hooks(packed, hook), **QUICK), expected) < 1e-5
     without = sample(model, **QUICK)
     assert relative_error(without, expected) > 1e-3
     assert relative_error(without, sample(patched(dense, patch), **QUICK)) < 1e-5
@@ -61,7 +61,7 @@ def test_hooks_over_patches(packed, dense, patch, hook):
 
 def test_hook_of_another_model(packed, dense, base):
     """Create Hook Model as LoRA: the difference of two models, of which one is packed."""
-    other = {f"diffusion_model.{name}.weight": noise(*shape) for name, shape in LINEARS.items()}
+    other = {f"diffusion_model.{name}.weight": noise(*shape) for name, shape in shapes_of(packed).items()}
 
     def hooks():
         return comfy.hooks.create_hook_model_as_lora(other, None, 0.5, 0.0)
@@ -96,7 +96,7 @@ def test_compute_dtype(packed, dense):
 def test_bypass_lora(packed, dense, base):
     """The host's own way beside the weight, by injections, on top of ours."""
     names = ("double_layers.0.attn.w2k", "final_linear")
-    state = state_of(lora, names)
+    state = state_of(packed, lora, names)
 
     def bypassing(model):
         return comfy.sd.load_bypass_lora_for_models(patched(model, lora), None, state, 0.7, 0.0)[0]
@@ -173,7 +173,7 @@ def without_graph_breaks(options: dict) -> dict:
 
 def assert_like(patcher, expected: dict[str, torch.Tensor], how: str) -> None:
     with loaded(patcher, how):
-        for name, output in outputs(patcher, tuple(SHAPES)).items():
+        for name, output in outputs(patcher, MORE_LINEARS).items():
             assert relative_error(output, expected[name]) < 1e-5, name
 
 
@@ -182,15 +182,15 @@ def test_merged_by_blocks_with_a_dense_model(packed, dense):
     ratios = {"cond_seq_linear.": 0.3, "double_layers.": 0.9, "single_layers.0.mlp": 0.0}
 
     def merged(model, other):
-        return ModelMergeBlocks().merge(patched(model, diff, names=tuple(SHAPES)), other, **ratios)[0]
+        return ModelMergeBlocks().merge(patched(model, diff, names=MORE_LINEARS), other, **ratios)[0]
 
     twin = merged(dense, dense)
     with loaded(twin, "lowvram"):
-        expected = outputs(twin, tuple(SHAPES))
+        expected = outputs(twin, MORE_LINEARS)
     for one, other in ((packed, dense), (dense, packed)):
         assert_like(merged(one, other), expected, "lowvram")
     with loaded(packed, "full"):
-        plain = outputs(packed, tuple(SHAPES))
+        plain = outputs(packed, MORE_LINEARS)
     for name, output in plain.items():
         assert (relative_error(output, expected[name]) > 1e-3) == (not name.startswith("single_layers.0.mlp"))
 
@@ -201,7 +201,7 @@ def test_merged_and_saved_and_loaded_again(packed, dense, tmp_path):
 
     twin = merged(dense)
     with loaded(twin, "lowvram"):
-        expected = outputs(twin, tuple(SHAPES))
+        expected = outputs(twin, MORE_LINEARS)
     with loaded(packed, "full"):
         assert relative_error(outputs(packed)["cond_seq_linear"], expected["cond_seq_linear"]) > 1e-3
     both = merged(packed)
@@ -213,5 +213,7 @@ def test_merged_and_saved_and_loaded_again(packed, dense, tmp_path):
     (saved,) = tmp_path.glob("merged*.safetensors")
     weights = comfy.utils.load_torch_file(str(saved))
     assert not any(is_packed(weight) for weight in weights.values())
-    again = comfy.sd.load_diffusion_model_state_dict(weights)
+    prefix = comfy.model_detection.unet_prefix_from_state_dict(weights)
+    assert comfy.model_detection.detect_unet_config(weights, prefix)["n_double_layers"] == 1
+    again = small_patcher({name.removeprefix(prefix): weight for name, weight in weights.items()})
     assert_like(again, expected, "full")

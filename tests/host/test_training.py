@@ -8,7 +8,6 @@ import inspect
 import folder_paths
 import pytest
 import torch
-from auraflow_gguf.loader.comfyui.model import load_model
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.nodes.lora_loader import AuraFlowLoraLoader
 from auraflow_gguf.quantizer.recipe import NEEDS_IMATRIX, RECIPES
@@ -17,10 +16,9 @@ from safetensors.torch import save_file
 
 import nodes
 
-from .aura_files import load_dense, make_gguf
 from .patches import noise
 from .sampling import QUICK, relative_error, sample
-from .small_auraflow import TEXT, load_small, load_small_dense, make_small
+from .small_auraflow import TEXT, load_small, load_small_dense, make_small, small_gguf
 
 RANK = 2
 SETTINGS = {
@@ -118,18 +116,11 @@ def test_gradients_are_those_of_the_dense_twin(file, start, gradient_checkpointi
         assert (packed[name] - tensor).norm() > 10 * tensor.norm(), name
 
 
-def dense_twin(disable_dynamic=False):
-    """The dense twin at full width, which the node trains itself and not a copy of it."""
-    with torch.inference_mode(False):
-        model = load_dense(make_gguf("Q4_0"))
-    model.cached_patcher_init = (lambda disable_dynamic: model, ())
-    return model
-
-
 def test_a_trained_lora_is_that_of_the_dense_twin_and_works_in_every_loader(loras, tmp_path, monkeypatch):
-    settings = {"optimizer": "AdamW", "learning_rate": 0.03}
-    trained, losses = train(load_model(make_gguf("Q4_0"), torch.float32), **settings)
-    dense, expected = train(dense_twin(), **settings)
+    path, settings = small_gguf("Q4_0"), {"optimizer": "AdamW", "learning_rate": 0.03, "text": TEXT}
+    with torch.inference_mode(False):  # as above
+        trained, losses = train(load_small(path), **settings)
+        dense, expected = train(load_small_dense(path), **settings)
     assert losses == pytest.approx(expected, rel=1e-4)
     assert trained.keys() == dense.keys()
     for name, tensor in dense.items():
@@ -137,11 +128,11 @@ def test_a_trained_lora_is_that_of_the_dense_twin_and_works_in_every_loader(lora
 
     monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path))
     SaveLoRA.execute(trained, "trained", 1)
-    (path,) = tmp_path.iterdir()
-    path.rename(loras / path.name)
-    model = load_model(make_gguf("Q4_0"), torch.float32)
-    (ours,) = AuraFlowLoraLoader.execute(model, path.name, 1.0).args
-    (stock,) = nodes.LoraLoaderModelOnly().load_lora_model_only(model, path.name, 1.0)
+    (saved,) = tmp_path.iterdir()
+    saved.rename(loras / saved.name)
+    model = load_small(path)
+    (ours,) = AuraFlowLoraLoader.execute(model, saved.name, 1.0).args
+    (stock,) = nodes.LoraLoaderModelOnly().load_lora_model_only(model, saved.name, 1.0)
     latents = sample(stock, **QUICK)
     assert relative_error(sample(ours, **QUICK), latents) < 1e-5
     assert relative_error(sample(model, **QUICK), latents) > 1e-3

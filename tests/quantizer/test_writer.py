@@ -181,7 +181,7 @@ write_gguf({target!r}, {{}}, tensors, fill)
 """
 
 
-@pytest.mark.parametrize("pieces", [1, 7, 60, 110])
+@pytest.mark.parametrize("pieces", [1, 110])
 def test_a_process_killed_after_some_of_120_pieces_leaves_no_target(tmp_path, pieces):
     target = tmp_path / "a.gguf"
     script = SLOW_WRITER.format(tests=str(Path(__file__).parents[1]), target=str(target))
