@@ -112,6 +112,10 @@ def _computed(input, packed, quant_type, scales, smoothing, bias, *, reuse_buffe
         return packed_linear(input, packed, quant_type, bias)
     if input.device.type == "cpu":
         return int8.linear_on_cpu(input, packed, quant_type, scales, smoothing, bias)
+    return _by_comfy_kitchen(input, packed, quant_type, scales, smoothing, bias, reuse_buffer=reuse_buffer)
+
+
+def _by_comfy_kitchen(input, packed, quant_type, scales, smoothing, bias, *, reuse_buffer=True):
     weight = int8.int8_weight(packed, quant_type, scales, smoothing, reuse_buffer=reuse_buffer)
     return _product(int8.smoothed(input, smoothing), weight, scales, bias)
 

@@ -82,9 +82,9 @@ def test_channels_that_stand_out_are_smoothed(input):
     assert error < 0.015 < 3 * error < without
     moved = smoothed.to("meta")
     assert {t.device.type for t in (moved._params.scale, moved._params.smoothing)} == {"meta"}
-    dense = int8.int8_weight(weight._qdata, QUANT_TYPES["Q8_0"], smoothed._params.scale, smoothed._params.smoothing)
+    arguments = (weight._qdata, QUANT_TYPES["Q8_0"], smoothed._params.scale, smoothed._params.smoothing, None)
     with comfy_kitchen.use_backend("eager"), torch.no_grad():
-        theirs = module._product(int8.smoothed(input, smoothed._params.smoothing), dense, smoothed._params.scale, None)
+        theirs = module._by_comfy_kitchen(input, *arguments)
         assert (int8_linear(input, smoothed) - theirs).norm() / exact.norm() < 2e-4
 
 
