@@ -81,7 +81,10 @@ def main(arguments: list[str]) -> int:
                 if row["recipe"] in PICTURED:
                     files[f"{row['recipe']} recipe"] = options.output / f"{row['recipe']}-former.gguf"
                     files[f"{row['recipe']} fitted"] = options.output / f"{row['recipe']}-fitted.gguf"
-            pictures = {name: sampled(path, prompts, inputs) for name, path in files.items()}
+            pictures = {}
+            for name, path in files.items():
+                with transformer(path, inputs) as model:
+                    pictures[name] = sampled(model, prompts, inputs)
             draw(pictures, options.output / "fit.png")
     return 0
 
@@ -219,10 +222,9 @@ class Prompts:
         return calibration
 
 
-def sampled(path: Path, prompts: Prompts, inputs: Inputs) -> list[torch.Tensor]:
-    """The pictures ``(height, width, 3) uint8`` that a file makes of the first prompts."""
-    with transformer(path, inputs) as model:
-        latents = [prompts.sample(model, inputs, number)[1][-1] for number in range(PICTURES)]
+def sampled(model: torch.nn.Module, prompts: Prompts, inputs: Inputs) -> list[torch.Tensor]:
+    """The pictures ``(height, width, 3) uint8`` that a model makes of the first prompts."""
+    latents = [prompts.sample(model, inputs, number)[1][-1] for number in range(PICTURES)]
     return [((latent[:3] + 1) * 127.5).clamp(0, 255).round().byte().permute(1, 2, 0) for latent in latents]
 
 

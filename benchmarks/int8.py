@@ -29,9 +29,10 @@ from ..quantizer.convert import convert
 from ..quantizer.quality.calibration import read_calibration, write_calibration
 from ..quantizer.quality.evaluation import Inputs, as_gguf, mean_square, transformer
 from ..quantizer.quality.inputs import Fewer, Noise
-from .fit import Prompts
+from .fit import Prompts, draw, sampled
 
-PARTS = ("trained", "outliers", "kinds")
+PARTS = ("trained", "outliers", "kinds", "pictures")
+PICTURED = ("Q8_0", "Q4_K")
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_XS")
 EVALUATIONS = 24  # of all timesteps, prompts and sides of the CFG
 OUTLIERS, TIMES = 0.01, 50.0
@@ -69,6 +70,8 @@ def main(arguments: list[str]) -> int:
                 results[part] = results.get(part, {}) | measure(source, options.output, part, inputs, types)
         if "kinds" in parts:
             results["kinds"] = measure_kinds(options.output / "trained-Q8_0.gguf", inputs)
+        if "pictures" in parts:
+            draw(pictures(options.model, trained, options.output, inputs), options.output / "int8.png")
     target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(table(results))
     return 0
@@ -126,6 +129,19 @@ def measure_kinds(path: Path, inputs: Inputs) -> dict[str, float]:
                 added[kind] = math.sqrt(mean_square(inputs.outputs(model), exact))
     print("kinds", added, flush=True)
     return added
+
+
+def pictures(folder: Path, trained: Path, output: Path, inputs: Inputs) -> dict[str, list[torch.Tensor]]:
+    """Pictures of the model's prompts: of full precision, and of two types exactly and in int8."""
+    prompts, columns = Prompts(folder), {}
+    with transformer(trained, inputs) as model:
+        columns["full precision"] = sampled(model, prompts, inputs)
+    for kind in PICTURED:
+        with transformer(output / f"trained-{kind}.gguf", inputs) as model:
+            columns[f"{kind}, exact"] = sampled(model, prompts, inputs)
+            with _in_int8(model, _rotated):
+                columns[f"{kind}, int8"] = sampled(model, prompts, inputs)
+    return columns
 
 
 def _errors(path: Path, inputs: Inputs, reference: list[torch.Tensor]) -> dict[str, float]:
@@ -206,7 +222,7 @@ def table(results: dict) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     names = ("own", "adds_plain", "adds_rotated", "total_rotated")
-    rows = {part: results.get(part, {}) for part in PARTS}
+    rows = {part: results.get(part, {}) for part in ("trained", "outliers", "kinds")}
     for kind in (kind for kind in TYPES if kind in rows["trained"] and kind in rows["outliers"]):
         cells = [f"{rows[part][kind][name]:.4f}" for part in ("trained", "outliers") for name in names]
         lines.append(f"| {kind} | {' | '.join(cells)} |")
