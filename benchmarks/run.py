@@ -72,6 +72,13 @@ def _step(types: tuple[str, ...], options: argparse.Namespace) -> dict:
     return {"setting": step.SETTING_TEXT, "rows": step.measure(options.pairs, types)}
 
 
+def _sizes(types: tuple[str, ...], options: argparse.Namespace) -> dict:
+    from . import sizes
+
+    chosen = tuple(options.type or sizes.TYPES)
+    return {"setting": sizes.SETTING_TEXT, "rows": sizes.measure(options.pairs, chosen)}
+
+
 def _modulation(types: tuple[str, ...], options: argparse.Namespace) -> dict:
     from . import modulation
 
@@ -127,6 +134,7 @@ PARTS = {
     "memory": _memory,
     "dequantize": _dequantize,
     "step": _step,
+    "sizes": _sizes,
     "modulation": _modulation,
     "compiled": _compiled,
     "lora": _lora,

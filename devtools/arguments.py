@@ -18,6 +18,7 @@ PARTS = (
     "memory",
     "dequantize",
     "step",
+    "sizes",
     "modulation",
     "compiled",
     "lora",

@@ -1,0 +1,56 @@
+"""A step at the sizes of pictures that people make, in float32 and, where the CPU multiplies it, in bfloat16."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import comfy.model_management
+import comfy.sd
+import torch
+
+from ..loader.comfyui.model import load_model
+from ..tests.host.aura_files import dense_state_dict, make_gguf
+from ..tests.host.forward import forward, sampler_options
+from .measure import side_by_side
+
+TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q4_K", "Q4_0", "IQ4_XS", "Q3_K", "BF16")
+PIXELS = {256: 64, 512: 256, 1024: 256}  # and text tokens
+FEWER_PAIRS = {256: 1, 512: 3, 1024: 5}  # by what their number is divided: a step of the largest takes 15 s
+SETTING_TEXT = (
+    "AuraFlow of 1 double and 1 single layer at full width, 64 text tokens at 256², 256 at 512² and 1024², batch 1, "
+    "beside dense weights of the same dtype"
+)
+
+
+@torch.inference_mode()
+def measure(pairs: int, types: tuple[str, ...]) -> list[dict]:
+    """One row for each dtype, type and size, with the ratio of a step to that of the dense model."""
+    rows = []
+    device = comfy.model_management.get_torch_device()
+    weights = dense_state_dict(make_gguf("Q4_0"))  # how fast dense weights are does not depend on their values
+    for dtype in (torch.float32, torch.bfloat16) if _multiplies_bfloat16() else (torch.float32,):
+        dense = comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options={"dtype": dtype})
+        dense.patch_model(device)
+        for type_name in types:
+            packed = load_model(make_gguf(type_name), dtype)
+            packed.patch_model(device)
+            for pixels, tokens in PIXELS.items():
+                row = {"dtype": str(dtype).removeprefix("torch."), "type": type_name, "pixels": pixels}
+                ratio = _ratio(dense, packed, {"size": pixels // 8, "tokens": tokens}, pairs // FEWER_PAIRS[pixels])
+                rows.append(row | asdict(ratio))
+                print(*row.values(), ratio, flush=True)
+            packed.unpatch_model(device)
+    return rows
+
+
+def _ratio(dense, packed, setting: dict, pairs: int):
+    options = sampler_options(packed)
+    return side_by_side(
+        lambda: forward(dense, **setting), lambda: forward(packed, **setting, options=options), max(2, pairs)
+    )
+
+
+def _multiplies_bfloat16() -> bool:
+    """Whether the CPU has products of bfloat16 (AMX, AVX-512 BF16), or there is a GPU."""
+    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
+    return torch.cuda.is_available() or any(getattr(torch.cpu, name, bool)() for name in names)
