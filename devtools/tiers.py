@@ -153,7 +153,7 @@ class Plan:
 HUGE_PAGES = "glibc.malloc.hugetlb=1"
 
 # About what share of a whole run a tier takes: the longest begins first, so that none is left over at the end.
-SHARES = {"host": 6, "unit": 5, "server": 3.5, "browser": 3, "interop": 2, "device": 2, "lint": 0}
+SHARES = {"host": 6, "unit": 5, "browser": 4, "server": 2.5, "interop": 2.5, "device": 0.5, "lint": 0}
 
 
 def main(options: argparse.Namespace, hosts: list[Host]) -> int:
