@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from ..devtools.random_models import make_packed_auraflow
 from ..loader.diffusers.modules import PackedLinear
 from ..loader.kernels import int8
 from ..quantizer.checkpoints import open_checkpoint
@@ -29,10 +30,11 @@ from ..quantizer.convert import convert
 from ..quantizer.quality.calibration import read_calibration, write_calibration
 from ..quantizer.quality.evaluation import Inputs, as_gguf, mean_square, transformer
 from ..quantizer.quality.inputs import Fewer, Noise
+from ..quantizer.recipe import recipe_for
 from .fit import Prompts, draw, sampled
 
-PARTS = ("trained", "outliers", "kinds", "pictures")
-PICTURED = ("Q8_0", "Q4_K")
+PARTS = ("trained", "outliers", "kinds", "pictures", "full width")
+PICTURED = ("Q8_0", "Q4_K")  # and those of full width
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_XS")
 EVALUATIONS = 24  # of all timesteps, prompts and sides of the CFG
 OUTLIERS, TIMES = 0.01, 50.0
@@ -72,6 +74,8 @@ def main(arguments: list[str]) -> int:
             results["kinds"] = measure_kinds(options.output / "trained-Q8_0.gguf", inputs)
         if "pictures" in parts:
             draw(pictures(options.model, trained, options.output, inputs), options.output / "int8.png")
+        if "full width" in parts:
+            results["full width"] = measure_full_width(options.output)
     target.write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
     print(table(results))
     return 0
@@ -128,6 +132,20 @@ def measure_kinds(path: Path, inputs: Inputs) -> dict[str, float]:
             with _in_int8(model, _rotated, (kind,)):
                 added[kind] = math.sqrt(mean_square(inputs.outputs(model), exact))
     print("kinds", added, flush=True)
+    return added
+
+
+def measure_full_width(folder: Path) -> dict[str, float]:
+    """What int8 adds to AuraFlow of 1 double and 1 single layer of random weights, by type."""
+    inputs, added = Inputs(Noise(timesteps=(0.9, 0.5, 0.1))), {}
+    for kind in PICTURED:
+        path = folder / f"wide-{kind}.gguf"
+        make_packed_auraflow(path, recipe_for("BF16", [f"*_layers.*={kind}"]), 1, 1)
+        with transformer(path, inputs) as model:
+            exact = inputs.outputs(model)
+            with _in_int8(model, _rotated):
+                added[kind] = math.sqrt(mean_square(inputs.outputs(model), exact))
+    print("full width", added, flush=True)
     return added
 
 
