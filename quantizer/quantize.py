@@ -16,7 +16,11 @@ from ..loader.kernels import native
 from ..loader.kernels.cpu import in_tiles
 from ..loader.quant_types.base import QuantType
 
-IN_C = ("Q4_K", "Q5_K")
+IN_C = {
+    **dict.fromkeys(("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"), "quantize_q.c"),
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), "quantize_k.c"),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS"), "quantize_iq4.c"),
+}
 ROWS = 64  # that a thread takes at a time
 
 
@@ -31,15 +35,17 @@ def quantize(rows: torch.Tensor, quant_type: QuantType, moments: np.ndarray | No
     rows = rows.contiguous()
     n_rows, columns = rows.shape
     packed = np.empty((n_rows, quant_type.row_bytes(columns)), dtype=np.uint8)
-    in_c = native.function("quantize.c", f"quantize_{quant_type.name.lower()}") if quant_type.name in IN_C else None
-    if in_c is None or moments is not None:
+    source = IN_C.get(quant_type.name)
+    in_c = native.function(source, f"quantize_{quant_type.name.lower()}") if source else None
+    if in_c is None:
         libgguf.quantize_rows_into_raw(quant_type.id, rows.numpy(), packed, n_rows, columns, moments)
         return packed
 
-    blocks = columns // quant_type.block_size
+    moments = None if moments is None else np.ascontiguousarray(moments, np.float32)
+    importance = None if moments is None else moments.ctypes.data
 
     def quantize_tile(start: int, stop: int) -> None:
-        in_c(rows[start:].data_ptr(), packed[start:].ctypes.data, (stop - start) * blocks)
+        in_c(rows[start:].data_ptr(), importance, packed[start:].ctypes.data, stop - start, columns)
 
     in_tiles(quantize_tile, n_rows, ROWS)
     return packed

@@ -49,6 +49,13 @@ def moments() -> np.ndarray:
     return values
 
 
+def sparse_moments() -> np.ndarray:
+    """Of two sub-blocks of three none but one column counts, or two."""
+    values = np.zeros(3 * 32, np.float32)
+    values[[5, 32, 63, *range(64, 96)]] = 0.25, 3, 1e-3, *moments()[1:33]
+    return values
+
+
 # the types that ggml makes with moments only are not among those without
 CASES = [(name, None) for name in WRITABLE if name not in NEEDS_IMATRIX] + [(name, moments()) for name in WRITABLE]
 
@@ -58,7 +65,7 @@ def test_packed_bytes_are_ggmls(type_name, importance):
     # Since that change ggml adds up IQ1_M's sums in another order, which libgguf does not have yet.
     oracle = ggml.load_or_skip(ggml.BEFORE_FASTER_IQ1_M if type_name == "IQ1_M" else ggml.NEWEST)
     quant_type = QUANT_TYPES[type_name]
-    every = 8 if type_name.startswith(("IQ1", "IQ2")) else 1  # those take ten thousand weights a second
+    every = 11 if type_name.startswith(("IQ1", "IQ2")) else 1  # those take ten thousand weights a second
     for rows in (weights(), np.ascontiguousarray(hard_rows()[::every])):
         columns = None if importance is None else np.resize(importance, rows.shape[1])
         ours = quantize(torch.from_numpy(rows), quant_type, columns)
@@ -79,21 +86,27 @@ def hard_rows() -> np.ndarray:
     denormal = normal * np.float32(1e-40)
     bfloat16 = (normal.view(np.uint32) & 0xFFFF0000).view(np.float32)
     rows = [flat, faint, nearly_flat, any_bits, denormal, bfloat16, np.abs(normal), -np.abs(normal), normal * 1e4]
+    signed_zeros = np.where(normal > 0.5, normal, np.copysign(np.float32(0), normal))
+    rows += [np.round(normal), signed_zeros, -signed_zeros]  # ties, of both signs too
     return np.concatenate([part.reshape(-1, 768) for part in rows]).astype(np.float32)
 
 
 @pytest.mark.parametrize("in_c", [True, False], ids=["c", "libgguf"])
+@pytest.mark.parametrize("importance", [None, moments(), sparse_moments()], ids=["plain", "imatrix", "sparse"])
 @pytest.mark.parametrize("type_name", IN_C)
-def test_packed_bytes_of_hard_rows(oracle, type_name, in_c, monkeypatch):
+def test_packed_bytes_of_hard_rows(oracle, type_name, importance, in_c, monkeypatch):
     if not in_c:
         monkeypatch.setattr(native, "function", lambda source, name: None)
     else:
         build_or_skip()
-        assert native.function("quantize.c", f"quantize_{type_name.lower()}")
+        assert native.function(IN_C[type_name], f"quantize_{type_name.lower()}")
     quant_type = QUANT_TYPES[type_name]
-    for rows in (hard_rows(), hard_rows()[:1, :256]):
-        ours = quantize(torch.from_numpy(rows), quant_type)
-        np.testing.assert_array_equal(ours, oracle.quantize(np.ascontiguousarray(rows), quant_type, None))
+    every, size = hard_rows(), quant_type.block_size
+    for rows in (every, every[:5, : 3 * size], every[:1, :size]):
+        rows = np.ascontiguousarray(rows)
+        columns = None if importance is None else np.resize(importance, rows.shape[1])
+        ours = quantize(torch.from_numpy(rows), quant_type, columns)
+        np.testing.assert_array_equal(ours, oracle.quantize(rows, quant_type, columns))
 
 
 @pytest.mark.parametrize("with_moments", [False, True], ids=["plain", "imatrix"])

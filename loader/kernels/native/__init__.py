@@ -19,10 +19,22 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).resolve().parent
-SOURCES = ("dequantize.c", "quantize.c", "rotate.c")
 
 # The address of what is read, that of what is written, and how many blocks, or groups, there are.
-Function = Callable[[int, int, int], None]
+BLOCKS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+# The address of float32 rows, that of their columns' moments or None, that of what is written, rows, columns.
+ROWS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+
+# What the functions of each file take.
+SOURCES = {
+    "dequantize.c": BLOCKS,
+    "quantize_iq4.c": ROWS,
+    "quantize_k.c": ROWS,
+    "quantize_q.c": ROWS,
+    "rotate.c": BLOCKS,
+}
+
+Function = Callable[..., None]
 
 
 def function(source: str, name: str) -> Function | None:
@@ -31,7 +43,7 @@ def function(source: str, name: str) -> Function | None:
     if library is None:
         return None
     found = getattr(library, name)
-    found.argtypes, found.restype = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64), None
+    found.argtypes, found.restype = SOURCES[source], None
     return found
 
 
@@ -49,7 +61,8 @@ def _library(source: str) -> ctypes.CDLL | None:
 
 def library_path(source: str) -> Path:
     """Where one of the `SOURCES` goes when compiled: to this user's cache folder, by its text and the processor."""
-    parts = [(FOLDER / name).read_bytes() for name in ("native.h", "build.py", source)]
+    headers = sorted(FOLDER.glob("*.h"))
+    parts = [path.read_bytes() for path in (*headers, FOLDER / "build.py", FOLDER / source)]
     key = hashlib.sha256(b"\0".join([*parts, _processor().encode()])).hexdigest()[:16]
     base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME")
     folder = Path(base or Path.home() / ".cache", "auraflow-gguf", "native")

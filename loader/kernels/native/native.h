@@ -1,6 +1,6 @@
 /*
  * What the files share. All of them take strict IEEE arithmetic, without contraction into multiply-adds and without
- * reassociation: __init__.py compiles them so.
+ * reassociation: build.py compiles them so.
  */
 #include <stdint.h>
 #include <string.h>

@@ -12,7 +12,7 @@ from auraflow_gguf.loader.kernels.native import build
 
 ROOT = Path(__file__).resolve().parents[3]
 NEEDS_COMPILER = pytest.mark.skipif(build._compiler() is None, reason="no C compiler here")
-FUNCTIONS = {"dequantize.c": "dequantize_q6_k", "quantize.c": "quantize_q4_k", "rotate.c": "rotate_256"}
+FUNCTIONS = {"dequantize.c": "dequantize_q6_k", "quantize_k.c": "quantize_q4_k", "rotate.c": "rotate_256"}
 CACHE = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
 
 
@@ -72,7 +72,7 @@ def test_another_source_or_processor_has_another_library(tmp_path, monkeypatch):
     paths = {native.library_path(source) for source in native.SOURCES}
     monkeypatch.setattr(native, "_processor", lambda: "another")
     paths |= {native.library_path(source) for source in native.SOURCES}
-    for name in ("native.h", "build.py", *native.SOURCES):
+    for name in ("native.h", "quantize.h", "build.py", *native.SOURCES):
         (tmp_path / name).write_bytes((native.FOLDER / name).read_bytes())
     (tmp_path / "native.h").open("a").write("\n")
     monkeypatch.setattr(native, "FOLDER", tmp_path)
@@ -91,8 +91,8 @@ def test_the_environment_can_do_without(monkeypatch):
 
 def test_a_library_that_does_not_load_is_left_out(folder, caplog):
     folder.mkdir(parents=True)
-    native.library_path("quantize.c").write_bytes(b"no library")
-    assert native.function("quantize.c", "quantize_q4_k") is None
+    native.library_path("quantize_k.c").write_bytes(b"no library")
+    assert native.function("quantize_k.c", "quantize_q4_k") is None
     assert "does not load" in caplog.text
 
 
