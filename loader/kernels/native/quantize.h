@@ -37,6 +37,21 @@ static inline floats loaded(const float *from) {
 
 static inline void store(float *to, floats values) { memcpy(to, &values, sizeof values); }
 
+static inline void store_ints(int32_t *to, ints values) { memcpy(to, &values, sizeof values); }
+
+static inline ints loaded_ints(const int32_t *from) {
+    ints values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+/* The low eight bits of each. A function of its own: gcc takes it apart where it is inlined. */
+__attribute__((noinline)) static void to_bytes(const int32_t *restrict from, uint8_t *restrict to, int n) {
+    for (int i = 0; i < n; i++) {
+        to[i] = (uint8_t)from[i];
+    }
+}
+
 static inline floats floats_of(ints values) { return __builtin_convertvector(values, floats); }
 
 static inline floats size_of(floats values) { return (floats)((ints)values & 0x7fffffff); }
@@ -94,22 +109,24 @@ static inline float outermost_of(const float *values, int n) {
     return outermost;
 }
 
-/* to the nearest 16-bit float, halves to even */
-static inline uint16_t half_of(float value) {
-    uint32_t bits = bits_of_float(value);
-    const uint16_t sign = (uint16_t)(bits >> 16 & 0x8000);
-    bits &= 0x7fffffff;
-    if (bits < 0x38800000) { /* below the least normal number */
-        return (uint16_t)(sign | (bits_of_float(float_of_bits(bits) + 0.5f) - 0x3f000000));
-    }
-    bits += 0x0fff + (bits >> 13 & 1);
-    return (uint16_t)(sign | (bits >= 0x47800000 ? 0x7c00 : (bits - 0x38000000) >> 13));
+/* the bits of the nearest 16-bit floats, halves to even */
+static inline ints halves_of(floats values) {
+    const ints sign = (ints)values >> 16 & 0x8000;
+    const ints bits = (ints)values & 0x7fffffff;
+    const ints small = (ints)((floats)bits + 0.5f) - 0x3f000000; /* below the least normal number */
+    const ints normal = (bits + 0x0fff + (bits >> 13 & 1) - 0x38000000) >> 13;
+    const ints is_small = bits < 0x38800000, half = (is_small & small) | (~is_small & at_most(normal, 0x7c00));
+    return sign | half;
 }
 
-/* writes it, and returns what it is when read again */
-static inline float write_half(uint8_t *to, float value) {
-    const uint16_t half = half_of(value);
+static inline void write_half_bits(uint8_t *to, int32_t bits) {
+    const uint16_t half = (uint16_t)bits;
     memcpy(to, &half, 2);
+}
+
+/* writes it as a 16-bit float, and returns what it is when read again */
+static inline float write_half(uint8_t *to, float value) {
+    write_half_bits(to, halves_of(all(value))[0]);
     return half_at(to);
 }
 
@@ -158,9 +175,11 @@ static inline void in_chunks(const float *weights, const float *moments, uint8_t
 /* Each lane's sub-block of n weights. */
 static inline void load(const float *from, int n, floats *x) {
     for (int i = 0; i < n; i++) {
+        float lanes[LANES];
         for (int lane = 0; lane < LANES; lane++) {
-            x[i][lane] = from[n * lane + i];
+            lanes[lane] = from[n * lane + i];
         }
+        x[i] = loaded(lanes);
     }
 }
 

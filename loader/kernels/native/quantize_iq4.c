@@ -104,7 +104,7 @@ static inline void write_nearest(const float *x, float inverse, uint8_t *qs) {
         for (int border_at = 0; border_at < 15; border_at++) {
             number += scaled < border(border_at);
         }
-        memcpy(q + i, &number, sizeof number);
+        store_ints(q + i, number);
     }
     for (int i = 0; i < 16; i++) {
         qs[i] = (uint8_t)(q[i] | q[i + 16] << 4);

@@ -14,75 +14,106 @@ enum { BLOCK = 32, BLOCKS = CHUNK / BLOCK };
 /* the first weight of a block of which this is the value, or the first zero: those have two signs */
 static float first_equal(const float *x, float value) {
     int i = 0;
-    while (x[i] != value) {
+    while (i < BLOCK - 1 && x[i] != value) {
         i++;
     }
     return x[i];
 }
 
-/* the weight of the greatest size, the first of them */
-static inline float outermost_weight(const float *x) {
-    int32_t bits[BLOCK], size = 0;
-    memcpy(bits, x, sizeof bits);
-    for (int i = 0; i < BLOCK; i++) {
-        const int32_t own = bits[i] & 0x7fffffff;
-        size = own > size ? own : size;
+/* the first weight of a block that has this size */
+static float first_outermost(const float *x, float size) {
+    int i = 0;
+    while (i < BLOCK - 1 && fabsf(x[i]) != size) {
+        i++;
     }
-    for (int i = 0; i < BLOCK; i++) {
-        if ((bits[i] & 0x7fffffff) == size) {
-            return size ? x[i] : 0.0f;
+    return size == 0.0f ? 0.0f : x[i];
+}
+
+/* the least and the greatest weight of each block of a chunk */
+static inline void extremes(const float *x, float *low, float *high) {
+    for (int at = 0; at < BLOCKS; at += LANES, x += LANES * BLOCK) {
+        float lows[LANES * LANES], highs[LANES * LANES];
+        for (int block = 0; block < LANES; block++) {
+            floats least = loaded(x + BLOCK * block), most = least;
+            for (int i = LANES; i < BLOCK; i += LANES) {
+                const floats next = loaded(x + BLOCK * block + i);
+                least = chosen(next < least, next, least);
+                most = chosen(next > most, next, most);
+            }
+            store(lows + LANES * block, least);
+            store(highs + LANES * block, most);
+        }
+        floats least[LANES], most[LANES];
+        load(lows, LANES, least);
+        load(highs, LANES, most);
+        for (int i = 1; i < LANES; i++) {
+            least[0] = chosen(least[i] < least[0], least[i], least[0]);
+            most[0] = chosen(most[i] > most[0], most[i], most[0]);
+        }
+        store(low + at, least[0]);
+        store(high + at, most[0]);
+    }
+}
+
+/* Without moments: each block's scale, the inverse of it, and the offset of the types that have one. */
+static inline void scale_by_extremes(const Chunk *chunk, int bits, bool offset, float *d, float *inverse, float *low) {
+    float high[BLOCKS];
+    extremes(chunk->x, low, high);
+    for (int block = 0; block < BLOCKS; block++) {
+        const float *x = chunk->x + BLOCK * block;
+        if (offset) {
+            low[block] = low[block] == 0.0f ? first_equal(x, 0.0f) : low[block];
+            high[block] = high[block] == 0.0f ? first_equal(x, 0.0f) : high[block];
+        } else if (-low[block] == high[block]) {
+            high[block] = first_outermost(x, high[block]);
         }
     }
-    return 0.0f;
+    for (int at = 0; at < BLOCKS; at += LANES) {
+        const floats least = loaded(low + at), most = loaded(high + at);
+        floats scale;
+        if (offset) {
+            scale = (most - least) / (float)((1 << bits) - 1);
+        } else {
+            scale = chosen(-least > most, least, most) / -(float)(1 << (bits - 1));
+            store(low + at, all(0.0f));
+        }
+        store(d + at, scale);
+        store(inverse + at, chosen(scale == 0.0f, all(0.0f), 1.0f / scale));
+    }
 }
 
-static inline void extremes(const float *x, float *low, float *high) {
-    floats least = loaded(x), most = least;
-    for (int i = LANES; i < BLOCK; i += LANES) {
-        const floats next = loaded(x + i);
-        least = chosen(next < least, next, least);
-        most = chosen(next > most, next, most);
-    }
-    *low = least[0];
-    *high = most[0];
-    for (int lane = 1; lane < LANES; lane++) {
-        *low = least[lane] < *low ? least[lane] : *low;
-        *high = most[lane] > *high ? most[lane] : *high;
-    }
-    *low = *low == 0.0f ? first_equal(x, 0.0f) : *low;
-    *high = *high == 0.0f ? first_equal(x, 0.0f) : *high;
-}
-
-/* q of (x - low) inverse, rounded down after `half` is added, in the eight bits that ggml takes it for */
+/* q of (x - low) inverse, rounded down after `half` is added, in ggml's eight bits: 0 of what is none */
 static inline void round_down(const float *x, float low, float inverse, float half, int most, int32_t *q) {
-    for (int i = 0; i < BLOCK; i++) {
-        const int8_t rounded = (int8_t)(int32_t)((x[i] - low) * inverse + half);
-        q[i] = rounded < most ? rounded : most;
+    for (int i = 0; i < BLOCK; i += LANES) {
+        const ints rounded = __builtin_convertvector((loaded(x + i) - low) * inverse + half, ints);
+        store_ints(q + i, at_most(rounded & 255, most));
     }
 }
 
-static inline void write_four_bits(uint8_t *qs, const int32_t *q) {
-    for (int i = 0; i < 16; i++) {
-        qs[i] = (uint8_t)((q[i] & 15) | (q[i + 16] & 15) << 4);
-    }
-}
-
-/* the fifth bit in front of the four others */
-static inline void write_five_bits(uint8_t *to, const int32_t *q) {
+/* the fifth bit of each weight of a block */
+static inline void write_fifth_bits(uint8_t *to, const int32_t *q) {
     uint32_t high = 0;
     for (int i = 0; i < BLOCK; i++) {
         high |= (uint32_t)(q[i] >> 4 & 1) << i;
     }
     memcpy(to, &high, 4);
-    write_four_bits(to + 4, q);
+}
+
+static inline void halves_in(const float *values, int32_t *halves) {
+    for (int at = 0; at < BLOCKS; at += LANES) {
+        store_ints(halves + at, halves_of(loaded(values + at)));
+    }
 }
 
 /* A chunk of a type of four or five bits, with an offset (Q4_1, Q5_1) or without. */
 static inline void quantize_bits(const Chunk *chunk, int bits, bool offset) {
     const int most = (1 << bits) - 1, middle = 1 << (bits - 1);
     const int bytes = 2 + 2 * offset + 4 * bits;
+    float d[BLOCKS], low[BLOCKS], inverse[BLOCKS];
     Found found;
-    if (chunk->moments) {
+    if (!chunk->moments) {
+        scale_by_extremes(chunk, bits, offset, d, inverse, low);
+    } else {
         float means[BLOCKS], importance[CHUNK];
         for (int block = 0; block < BLOCKS; block++) {
             means[block] = chunk->mean_square;
@@ -97,38 +128,41 @@ static inline void quantize_bits(const Chunk *chunk, int bits, bool offset) {
             } else {
                 search_symmetric(x, w, BLOCK, middle, &found, at);
             }
+            store(d + at, loaded(found.scale + at));
+            store(low + at, -loaded(found.offset + at));
         }
     }
 
+    int32_t half_d[BLOCKS], half_low[BLOCKS];
+    halves_in(d, half_d);
+    halves_in(low, half_low);
+    int32_t q[CHUNK], pairs[CHUNK / 2];
+    for (int block = 0; block < BLOCKS; block++) {
+        const float *x = chunk->x + BLOCK * block;
+        int32_t *own = q + BLOCK * block;
+        if (chunk->moments) {
+            round_as_found(&found, block, x, BLOCK, offset ? 0 : -middle, offset ? most : middle - 1, own);
+        } else if (offset) {
+            round_down(x, low[block], inverse[block], 0.5f, bits == 4 ? most : 255, own);
+        } else {
+            round_down(x, 0.0f, inverse[block], (float)middle + 0.5f, most, own);
+        }
+        for (int i = 0; i < 16; i += LANES) {
+            store_ints(pairs + 16 * block + i, (loaded_ints(own + i) & 15) | loaded_ints(own + 16 + i) << 4);
+        }
+    }
+    uint8_t qs[CHUNK / 2];
+    to_bytes(pairs, qs, CHUNK / 2);
     uint8_t *out = chunk->out;
     for (int block = 0; block < chunk->blocks; block++, out += bytes) {
-        const float *x = chunk->x + BLOCK * block;
-        int32_t q[BLOCK];
-        float d, low = 0.0f;
-        if (chunk->moments) {
-            d = found.scale[block];
-            low = -found.offset[block];
-            round_as_found(&found, block, x, BLOCK, offset ? 0 : -middle, offset ? most : middle - 1, q);
-        } else if (offset) {
-            float high;
-            extremes(x, &low, &high);
-            d = (high - low) / (float)most;
-            round_down(x, low, d == 0.0f ? 0.0f : 1.0f / d, 0.5f, bits == 4 ? most : 127, q);
-        } else {
-            d = outermost_weight(x) / -(float)middle;
-            round_down(x, 0.0f, d == 0.0f ? 0.0f : 1.0f / d, (float)middle + 0.5f, most, q);
-        }
-        write_half(out, d);
-        uint8_t *rest = out + 2;
+        write_half_bits(out, half_d[block]);
         if (offset) {
-            write_half(out + 2, low);
-            rest = out + 4;
+            write_half_bits(out + 2, half_low[block]);
         }
-        if (bits == 4) {
-            write_four_bits(rest, q);
-        } else {
-            write_five_bits(rest, q);
+        if (bits == 5) {
+            write_fifth_bits(out + bytes - 20, q + BLOCK * block);
         }
+        memcpy(out + bytes - 16, qs + 16 * block, 16);
     }
 }
 
@@ -146,15 +180,28 @@ static void chunk_q5_1(const Chunk *chunk) { quantize_bits(chunk, 5, true); }
 
 /* 34 bytes: d[2] qs[32]; x = d q; ggml does not look at moments */
 static void chunk_q8_0(const Chunk *chunk) {
+    float low[BLOCKS], high[BLOCKS], inverse[BLOCKS];
+    int32_t half_d[BLOCKS];
+    extremes(chunk->x, low, high);
+    for (int at = 0; at < BLOCKS; at += LANES) {
+        const floats least = loaded(low + at), most = loaded(high + at);
+        const floats d = size_of(chosen(-least > most, least, most)) / 127.0f;
+        store(high + at, d);
+        store(inverse + at, chosen(d == 0.0f, all(0.0f), 1.0f / d));
+    }
+    halves_in(high, half_d);
+    int32_t q[CHUNK];
+    uint8_t qs[CHUNK];
+    for (int i = 0; i < CHUNK; i += LANES) { /* halves away from zero */
+        const floats scaled = loaded(chunk->x + i) * inverse[i / BLOCK];
+        const ints half = (ints)all(0x1.fffffep-2f) | ((ints)scaled & INT32_MIN);
+        store_ints(q + i, __builtin_convertvector(scaled + (floats)half, ints));
+    }
+    to_bytes(q, qs, CHUNK);
     uint8_t *out = chunk->out;
     for (int block = 0; block < chunk->blocks; block++, out += 34) {
-        const float *x = chunk->x + BLOCK * block;
-        const float d = fabsf(outermost_weight(x)) / 127.0f, inverse = d == 0.0f ? 0.0f : 1.0f / d;
-        write_half(out, d);
-        for (int i = 0; i < BLOCK; i++) { /* halves away from zero */
-            const float scaled = x[i] * inverse;
-            out[2 + i] = (uint8_t)(int32_t)(scaled + copysignf(0x1.fffffep-2f, scaled));
-        }
+        write_half_bits(out, half_d[block]);
+        memcpy(out + 2, qs + BLOCK * block, BLOCK);
     }
 }
 
