@@ -3,6 +3,9 @@
 Two quantizers: ggml's own library as llama.cpp builds it, and libgguf, which the converter uses where our C does not
 serve. All of them give the same bytes. The two get their float32 rows in memory, tensor after tensor, and what they
 give is thrown away: reading, widening to float32 and writing are in the converter's time, not in theirs.
+
+And each type that our C serves beside ggml's library, rows in memory to blocks in memory, with an importance matrix and
+without.
 """
 
 from __future__ import annotations
@@ -19,19 +22,23 @@ from tempfile import TemporaryDirectory
 
 import libgguf
 import numpy as np
+import torch
 
 from ..devtools.cache import cache_folder
 from ..devtools.random_models import make_auraflow
 from ..loader.files.auraflow import AURAFLOW
 from ..loader.files.matching import match
+from ..loader.quant_types import QUANT_TYPES
 from ..loader.quant_types.base import QuantType
 from ..quantizer.checkpoints import open_checkpoint
+from ..quantizer.quantize import IN_C, quantize
 from ..quantizer.recipe import RECIPES
 from ..tests import ggml
-from .measure import Ratio, seconds
+from .measure import Ratio, seconds, side_by_side
 
 TYPE = "Q4_K_M"
 ROWS = 64  # that a thread quantizes at a time
+TYPE_ROWS, TYPE_COLUMNS = 1024, 3072  # of each type's measurement
 SMALL = {"double_layers": 1, "single_layers": 1}
 FULL_SIZE = {"double_layers": 4, "single_layers": 32, "positional": 9216}  # AuraFlow v0.3: 13.7 GB
 
@@ -88,7 +95,30 @@ def measure(pairs: int, *, full_size: bool = False) -> dict:
             "source_bytes": source.stat().st_size,
             **{f"beside_{name}": asdict(Ratio.of([(other[name], ours) for ours, other in times])) for name in alone},
             "peak_bytes": None if None in peaks else max(peaks),
+            **({} if full_size else {"types": by_type(pairs, oracle, pool)}),
         }
+
+
+def by_type(pairs: int, oracle: ggml.Ggml, pool: ThreadPoolExecutor) -> dict[str, dict[str, dict]]:
+    """By type, and whether with an importance matrix: the ratio of our quantizer to ggml's with as many threads."""
+    random = np.random.default_rng(0)
+    rows = random.standard_normal((TYPE_ROWS, TYPE_COLUMNS), np.float32) * np.float32(0.02)
+    moments = np.exp(random.standard_normal(TYPE_COLUMNS, np.float32))
+
+    def ratio(quant_type: QuantType, importance: np.ndarray | None) -> dict:
+        def alone(piece: np.ndarray, quant_type: QuantType) -> None:
+            oracle.quantize(piece, quant_type, importance)
+
+        return asdict(
+            side_by_side(
+                lambda: _in_threads(pool, alone, rows, quant_type),
+                lambda: quantize(torch.from_numpy(rows), quant_type, importance),
+                pairs,
+            )
+        )
+
+    ways = {"plain": None, "imatrix": moments}
+    return {name: {way: ratio(QUANT_TYPES[name], given) for way, given in ways.items()} for name in IN_C}
 
 
 def _convert(source: Path, target: Path) -> tuple[float, int | None]:
