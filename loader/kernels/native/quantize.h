@@ -313,28 +313,33 @@ static inline void search_symmetric(const floats *x, const floats *importance, i
 
 /*
  * One weight after the other goes to where the error is least, until none moves. The sums are those of the q given,
- * which are kept in as many bits as ggml keeps.
+ * which are kept in as many bits as ggml keeps. Each step waits for the one before: several vectors, weight by weight
+ * beside each other in x, importance and q, take their steps in turns.
  */
-static inline void descend(const floats *x, const floats *importance, ints *q, int n, int least, int most, int bits,
-                           bool positive, floats *sum_xq, floats *sum_qq) {
+static inline void descend(const floats *x, const floats *importance, ints *q, int n, int vectors, int least, int most,
+                           int bits, bool positive, floats *sum_xq, floats *sum_qq) {
     for (int round = 0; round < 5; round++) {
         ints moved = {0};
         for (int i = 0; i < n; i++) {
-            const floats from = floats_of(q[i]), weighted = importance[i] * x[i];
-            floats xq = *sum_xq - weighted * from, qq = *sum_qq - importance[i] * from * from;
-            ints better = xq > 0.0f;
-            if (positive) {
-                better &= qq > 0.0f;
+            for (int vector = 0; vector < vectors; vector++) {
+                const int at = vectors * i + vector;
+                const floats from = floats_of(q[at]), weighted = importance[at] * x[at];
+                floats xq = sum_xq[vector] - weighted * from, qq = sum_qq[vector] - importance[at] * from * from;
+                ints better = xq > 0.0f;
+                if (positive) {
+                    better &= qq > 0.0f;
+                }
+                const ints target = clamped(nearest(x[at] * qq / xq), least, most);
+                const floats to = floats_of(target);
+                xq += weighted * to;
+                qq += importance[at] * to * to;
+                better &= (target != q[at]) & (qq > 0.0f);
+                better &= xq * xq * sum_qq[vector] > sum_xq[vector] * sum_xq[vector] * qq;
+                q[at] = (better & target & bits) | (~better & q[at]);
+                sum_xq[vector] = chosen(better, xq, sum_xq[vector]);
+                sum_qq[vector] = chosen(better, qq, sum_qq[vector]);
+                moved |= better;
             }
-            const ints target = clamped(nearest(x[i] * qq / xq), least, most);
-            const floats to = floats_of(target);
-            xq += weighted * to;
-            qq += importance[i] * to * to;
-            better &= (target != q[i]) & (qq > 0.0f) & (xq * xq * *sum_qq > *sum_xq * *sum_xq * qq);
-            q[i] = (better & target & bits) | (~better & q[i]);
-            *sum_xq = chosen(better, xq, *sum_xq);
-            *sum_qq = chosen(better, qq, *sum_qq);
-            moved |= better;
         }
         if (!any(moved)) {
             return;

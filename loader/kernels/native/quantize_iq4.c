@@ -136,8 +136,9 @@ static void chunk_iq4_xs(const Chunk *chunk) {
         uint16_t high = 0;
         for (int part = 0; part < PARTS; part++) {
             const int packed = clamped_int(nearest_int(inverse * own[part]), -32, 31);
+            const float *x = chunk->x + BLOCK * block + 32 * part;
             const float scale = d * (float)packed;
-            write_nearest(chunk->x + BLOCK * block + 32 * part, scale == 0.0f ? 0.0f : 1.0f / scale, out + 8 + 16 * part);
+            write_nearest(x, scale == 0.0f ? 0.0f : 1.0f / scale, out + 8 + 16 * part);
             out[4 + part / 2] |= (uint8_t)(((packed + 32) & 15) << 4 * (part % 2));
             high |= (uint16_t)((packed + 32) >> 4 << 2 * part);
         }

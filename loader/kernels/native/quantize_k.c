@@ -10,7 +10,7 @@
  */
 #include "quantize.h"
 
-enum { BLOCK = 256, BLOCKS = CHUNK / BLOCK, SCALES = BLOCK / 16 };
+enum { BLOCK = 256, BLOCKS = CHUNK / BLOCK, SCALES = BLOCK / 16, VECTORS = 2 };
 
 /* Q2_K, Q4_K and Q5_K: x = d scale q - dmin offset */
 
@@ -60,7 +60,7 @@ static inline floats search_positive(const floats *x, const floats *importance, 
         sum_qq += importance[i] * at * at;
         q[i] = rounded & 255;
     }
-    descend(x, importance, q, n, INT32_MIN, most, 255, true, &sum_xq, &sum_qq);
+    descend(x, importance, q, n, 1, INT32_MIN, most, 255, true, &sum_xq, &sum_qq);
     const ints zero = high < 1e-15f;
     for (int i = 0; i < n; i++) {
         q[i] &= ~zero;
@@ -145,7 +145,8 @@ static inline void pack_scales(Scales *scales, bool six_bits, bool clamp, uint8_
 }
 
 static inline void quantize_with_offset(const Chunk *chunk, Offset type, void (*write)(uint8_t *, const int32_t *)) {
-    const int n = type.sub_block, most = (1 << type.bits) - 1, scales = BLOCK / n, most_scale = (1 << type.scale_bits) - 1;
+    const int n = type.sub_block, most = (1 << type.bits) - 1;
+    const int scales = BLOCK / n, most_scale = (1 << type.scale_bits) - 1;
     float means[BLOCKS], importance[CHUNK];
     Found found;
     if (chunk->moments) {
@@ -253,30 +254,40 @@ API void quantize_q5_k(const float *x, const float *moments, uint8_t *out, int64
 
 /* Q3_K and Q6_K: x = d scale (q - most) */
 
-/* ggml's make_q3_quants */
-static inline void search_by_descent(const floats *x, int n, int most, Found *found, int at, int32_t *q) {
-    floats size = all(0.0f), outermost = all(0.0f), sum_xq = all(0.0f), sum_qq = all(0.0f), importance[SUB_BLOCK];
-    ints lanes[SUB_BLOCK];
-    for (int i = 0; i < n; i++) {
-        const ints greater = size_of(x[i]) > size;
-        size = chosen(greater, size_of(x[i]), size);
-        outermost = chosen(greater, x[i], outermost);
+/* ggml's make_q3_quants, of VECTORS vectors of sub-blocks */
+static inline void search_by_descent(const float *from, int n, int most, Found *found, int at, int32_t *q) {
+    floats x[VECTORS * SUB_BLOCK], importance[VECTORS * SUB_BLOCK], sum_xq[VECTORS], sum_qq[VECTORS], size[VECTORS];
+    ints lanes[VECTORS * SUB_BLOCK];
+    for (int vector = 0; vector < VECTORS; vector++) {
+        floats own[SUB_BLOCK], outermost = all(0.0f);
+        load(from + n * LANES * vector, n, own);
+        size[vector] = sum_xq[vector] = sum_qq[vector] = all(0.0f);
+        for (int i = 0; i < n; i++) {
+            const ints greater = size_of(own[i]) > size[vector];
+            size[vector] = chosen(greater, size_of(own[i]), size[vector]);
+            outermost = chosen(greater, own[i], outermost);
+        }
+        const floats inverse = -(float)most / outermost;
+        for (int i = 0; i < n; i++) {
+            const int place = VECTORS * i + vector;
+            x[place] = own[i];
+            importance[place] = own[i] * own[i];
+            lanes[place] = clamped(nearest(inverse * own[i]), -most, most - 1);
+            const floats to = floats_of(lanes[place]);
+            sum_xq[vector] += importance[place] * own[i] * to;
+            sum_qq[vector] += importance[place] * to * to;
+        }
     }
-    const floats inverse = -(float)most / outermost;
-    for (int i = 0; i < n; i++) {
-        importance[i] = x[i] * x[i];
-        lanes[i] = clamped(nearest(inverse * x[i]), -most, most - 1);
-        const floats to = floats_of(lanes[i]);
-        sum_xq += importance[i] * x[i] * to;
-        sum_qq += importance[i] * to * to;
-    }
-    descend(x, importance, lanes, n, -most, most - 1, -1, false, &sum_xq, &sum_qq);
-    const ints zero = size < 1e-15f;
-    store(found->scale + at, chosen(~zero & (sum_qq > 0.0f), sum_xq / sum_qq, all(0.0f)));
-    for (int i = 0; i < n; i++) {
-        const ints stored = ~zero & (lanes[i] + most);
-        for (int lane = 0; lane < LANES; lane++) {
-            q[n * (at + lane) + i] = stored[lane];
+    descend(x, importance, lanes, n, VECTORS, -most, most - 1, -1, false, sum_xq, sum_qq);
+    for (int vector = 0; vector < VECTORS; vector++, at += LANES) {
+        const ints zero = size[vector] < 1e-15f, positive = sum_qq[vector] > 0.0f;
+        store(found->scale + at, chosen(~zero & positive, sum_xq[vector] / sum_qq[vector], all(0.0f)));
+        for (int i = 0; i < n; i++) {
+            int32_t stored[LANES];
+            store_ints(stored, ~zero & (lanes[VECTORS * i + vector] + most));
+            for (int lane = 0; lane < LANES; lane++) {
+                q[n * (at + lane) + i] = stored[lane];
+            }
         }
     }
 }
@@ -303,15 +314,14 @@ static void chunk_q3_k(const Chunk *chunk) {
         mean_squares(chunk, BLOCK, 2.0f, means);
         weigh(chunk, BLOCK, means, importance);
     }
-    for (int at = 0; at < CHUNK / 16; at += LANES) {
+    for (int at = 0; at < SUB_BLOCKS && !chunk->moments; at += VECTORS * LANES) {
+        search_by_descent(chunk->x + 16 * at, 16, 4, &found, at, q);
+    }
+    for (int at = 0; at < SUB_BLOCKS && chunk->moments; at += LANES) {
         floats x[SUB_BLOCK], w[SUB_BLOCK];
         load(chunk->x + 16 * at, 16, x);
-        if (chunk->moments) {
-            load(importance + 16 * at, 16, w);
-            search_symmetric(x, w, 16, 4, &found, at);
-        } else {
-            search_by_descent(x, 16, 4, &found, at, q);
-        }
+        load(importance + 16 * at, 16, w);
+        search_symmetric(x, w, 16, 4, &found, at);
     }
     if (chunk->moments) {
         search_symmetric_scales(&found, 32, &of_scales);
@@ -412,7 +422,8 @@ static void chunk_q6_k(const Chunk *chunk) {
                 ql[i] = (uint8_t)((from[i] & 15) | (from[i + 64] & 15) << 4);
             }
             for (int i = 0; i < 32; i++) {
-                qh[i] = (uint8_t)(from[i] >> 4 | from[i + 32] >> 4 << 2 | from[i + 64] >> 4 << 4 | from[i + 96] >> 4 << 6);
+                const int high = from[i] >> 4 | from[i + 32] >> 4 << 2;
+                qh[i] = (uint8_t)(high | from[i + 64] >> 4 << 4 | from[i + 96] >> 4 << 6);
             }
         }
     }
