@@ -25,6 +25,7 @@ from ..weights.layout import is_packed
 from .int8 import scale_bytes
 from .low_rank import LowRank, low_rank
 from .modulation import mapped_bytes, mapped_linears, table_of
+from .ops import is_in_map, mapped
 
 
 class WeightPatches:
@@ -80,6 +81,8 @@ class _PackedWeightPatching:
         self.model.model_loaded_weight_memory += size + sum(dense.values()) + scale_bytes(self.model)
 
     def partially_unload(self, *args, **kwargs):
+        for key in self.hook_backup:  # ComfyUI has written into these
+            comfy.utils.get_attr(self.model, key).mapped = None
         with self._packed_patches_as_functions(without=self.patches):
             return super().partially_unload(*args, **kwargs)
 
@@ -268,17 +271,24 @@ class GGUFModelPatcher(_PackedWeightPatching, ModelPatcher):
 
     def pin_weight_to_device(self, key):
         # What lies in the file's map cannot be page-locked safely: neither do weights begin at pages there, nor do all
-        # drivers take a mapped file's. A weight that is pinned gets memory of its own, as ComfyUI's dense ones have.
+        # drivers take a mapped file's. A weight that is pinned gets memory of its own, as ComfyUI's dense ones have, as
+        # long as it is.
         weight = comfy.utils.get_attr(self.model, key)
-        held = weight._qdata if is_packed(weight) else weight
-        is_view = held.untyped_storage().nbytes() > held.nbytes
-        if (
-            comfy.model_management.MAX_PINNED_MEMORY > 0
-            and comfy.model_management.is_device_cpu(held.device)
-            and is_view
-        ):
+        if comfy.model_management.MAX_PINNED_MEMORY > 0 and is_in_map(weight):
             comfy.utils.set_attr_param(self.model, key, weight.clone())
+            comfy.utils.get_attr(self.model, key).mapped = weight
         super().pin_weight_to_device(key)
+        if key not in self.pinned:
+            self._back_into_map(key)
+
+    def unpin_weight(self, key):
+        super().unpin_weight(key)
+        self._back_into_map(key)
+
+    def _back_into_map(self, key: str) -> None:
+        weight = comfy.utils.get_attr(self.model, key)
+        if mapped(weight) is not None and comfy.model_management.is_device_cpu(weight.device):
+            comfy.utils.set_attr(self.model, key, mapped(weight))
 
 
 class GGUFModelPatcherDynamic(_PackedWeightPatching, ModelPatcherDynamic):

@@ -2,6 +2,7 @@
 
 import comfy.model_management as management
 import pytest
+from auraflow_gguf.loader.comfyui.ops import is_in_map
 
 from ..host.patches import lora, patched
 from ..host.sampling import QUICK
@@ -70,3 +71,23 @@ def test_the_factors_of_one_lora_are_on_the_device_at_a_time(model):
         management.load_models_gpu([changed])
         largest = max(one.nbytes for one in factors(model).values())
         assert accelerator.counters().peak < before + 3 * largest < before + nbytes(factors(model))
+
+
+def in_the_file(model) -> dict[str, int]:
+    """Where weights lie in their file's map, by name: those that do."""
+    parameters = {name: p for name, p in model.model.named_parameters() if is_in_map(p)}
+    return {name: getattr(p, "_qdata", p).data_ptr() for name, p in parameters.items()}
+
+
+@pytest.mark.parametrize("mode", ["full", "half", "lowvram"])
+def test_what_is_unloaded_lies_in_the_file_again(mode):
+    """And takes no memory of its own, page-locked or not."""
+    model = load_small(small_gguf("Q4_0"))
+    before = in_the_file(model)
+    with device_memory(management, model, mode):
+        with_lora = patched(model, lora, 0.5, LINEARS)
+        picture(with_lora)
+        assert len(in_the_file(model)) < len(before)
+        model.partially_unload(model.offload_device, model.loaded_size() // 2)
+        picture(model)
+    assert in_the_file(model) == before
