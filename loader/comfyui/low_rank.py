@@ -6,6 +6,8 @@ it, all LoRAs of one linear are one pair of thin products: their factors are joi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from comfy.weight_adapter import LoHaAdapter, LoRAAdapter
 
@@ -22,10 +24,17 @@ class LowRank:
         patches: what they were made of, as `low_rank` takes it.
     """
 
-    def __init__(self, down: torch.Tensor, up: torch.Tensor, patches: list[tuple]):
+    def __init__(self, down: torch.Tensor, up: torch.Tensor, patches: Sequence[tuple]):
         self.down = down
         self.up = up
-        self.patches = patches
+        self.patches = tuple(patches)  # ComfyUI appends to its own
+
+    def is_of(self, patches: Sequence[tuple], device: torch.device | None, dtype: torch.dtype) -> bool:
+        """Whether `low_rank` would give the same."""
+        here = self.down.device
+        if device is not None and (here.type != device.type or device.index not in (None, here.index)):
+            return False
+        return self.down.dtype == dtype and len(self.patches) == len(patches) and all(map(_same, self.patches, patches))
 
     @property
     def nbytes(self) -> int:
@@ -70,6 +79,11 @@ def low_rank(
     down = torch.cat([down.to(device, dtype) for down in downs])
     up = torch.cat([(up.to(device, torch.float32) * s).to(dtype) for up, s in zip(ups, scales, strict=True)], dim=1)
     return LowRank(down, up, patches)
+
+
+def _same(one: tuple, other: tuple) -> bool:
+    (strength, adapter, *rest), (other_strength, other_adapter, *other_rest) = one, other
+    return adapter is other_adapter and (strength, *rest) == (other_strength, *other_rest)
 
 
 def _factors(patch: tuple) -> tuple[torch.Tensor, torch.Tensor, float] | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from comfy.ops import cast_bias_weight, manual_cast, uncast_bias_weight
 
@@ -61,8 +63,32 @@ class _FromFile:
         # nn.Module assigns `param.data`, which changes what a packed tensor shows, not what it holds.
         for name, param in self._parameters.items():
             if param is not None:
-                self._parameters[name] = torch.nn.Parameter(fn(param), requires_grad=False)
+                self._parameters[name] = _moved(param, fn)
         return self
+
+
+def mapped(param: torch.nn.Parameter) -> torch.nn.Parameter | None:
+    """Where a parameter lies in its file's map, when it is a copy of that in other memory."""
+    return getattr(param, "mapped", None)
+
+
+def is_in_map(param: torch.nn.Parameter) -> bool:
+    """Whether a parameter is a view on its file's map."""
+    held = param._qdata if is_packed(param) else param
+    return held.device.type == "cpu" and held.untyped_storage().nbytes() > held.nbytes
+
+
+def _moved(param: torch.nn.Parameter, move: Callable[[torch.Tensor], torch.Tensor]) -> torch.nn.Parameter:
+    """A parameter moved, from its file's map to a device, or back: then it is the map's again, and no copy is made."""
+    origin = param if is_in_map(param) else mapped(param)
+    if origin is not None and origin is not param:
+        to = move(torch.empty(0, dtype=param.dtype, device=param.device))
+        if (to.device, to.dtype) == (origin.device, origin.dtype):
+            return origin
+    result = torch.nn.Parameter(move(param), requires_grad=False)
+    if origin is not None and result.device != origin.device and result.dtype == origin.dtype:
+        result.mapped = origin
+    return result
 
 
 class GGUFOps(manual_cast):

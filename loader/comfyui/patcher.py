@@ -25,6 +25,7 @@ from ..weights.layout import is_packed
 from .int8 import scale_bytes
 from .low_rank import LowRank, low_rank
 from .modulation import mapped_bytes, mapped_linears, table_of
+from .ops import is_in_map, mapped
 
 
 class WeightPatches:
@@ -65,13 +66,13 @@ class _PackedWeightPatching:
         return [entry for entry in super()._load_list(*args, **kwargs) if entry[-2] not in mapped]
 
     def load(self, device_to=None, lowvram_model_memory=0, *args, full_load=False, **kwargs):
+        self._let_go_of_low_rank(device_to)
         beside = self._low_rank_patches(device_to)
         size = sum(factors.nbytes for factors in beside.values())
         if lowvram_model_memory:  # 0: as much as it takes
             lowvram_model_memory = max(1, lowvram_model_memory - size)
             full_load = full_load and lowvram_model_memory > self.model_size()
         dense = self._affordable_dense(device_to, without=beside) if full_load else {}
-        self._remove_low_rank()
         self._patch_mapped_linears(device_to)
         for key, factors in beside.items():
             self._module_of(key).low_rank = factors
@@ -80,6 +81,8 @@ class _PackedWeightPatching:
         self.model.model_loaded_weight_memory += size + sum(dense.values()) + scale_bytes(self.model)
 
     def partially_unload(self, *args, **kwargs):
+        for key in self.hook_backup:  # ComfyUI has written into these
+            comfy.utils.get_attr(self.model, key).mapped = None
         with self._packed_patches_as_functions(without=self.patches):
             return super().partially_unload(*args, **kwargs)
 
@@ -208,12 +211,28 @@ class _PackedWeightPatching:
         return beside
 
     def _low_rank(self, key: str, patches: list[tuple], device: torch.device) -> LowRank | None:
-        weight = comfy.utils.get_attr(self.model, key)
-        dtype = self.model.get_dtype_inference() if isinstance(self.model, BaseModel) else weight.dtype
+        weight, held = comfy.utils.get_attr(self.model, key), self._module_of(key).low_rank
+        dtype = self._factors_dtype(weight)
+        if held is not None and held.is_of(patches, device, dtype):
+            return held
         return low_rank(key, patches, weight.shape, device, dtype)
+
+    def _factors_dtype(self, weight: torch.Tensor) -> torch.dtype:
+        return self.model.get_dtype_inference() if isinstance(self.model, BaseModel) else weight.dtype
 
     def _module_of(self, key: str) -> torch.nn.Module:
         return comfy.utils.get_attr(self.model, key.rpartition(".")[0])
+
+    def _let_go_of_low_rank(self, device: torch.device) -> None:
+        """Removes the factors that are not those of a load to a device, before it makes its own."""
+        self._remove_hooks()
+        for name, module in self.model.named_modules():
+            if getattr(module, "low_rank", None) is None:
+                continue
+            key = f"{name}.weight"
+            to = self.offload_device if self._stays_mapped(key) else device
+            if not module.low_rank.is_of(self.patches.get(key, ()), to, self._factors_dtype(module.weight)):
+                module.low_rank = None
 
     def _remove_low_rank(self) -> None:
         self.model.low_rank_without_hooks.clear()
@@ -252,17 +271,24 @@ class GGUFModelPatcher(_PackedWeightPatching, ModelPatcher):
 
     def pin_weight_to_device(self, key):
         # What lies in the file's map cannot be page-locked safely: neither do weights begin at pages there, nor do all
-        # drivers take a mapped file's. A weight that is pinned gets memory of its own, as ComfyUI's dense ones have.
+        # drivers take a mapped file's. A weight that is pinned gets memory of its own, as ComfyUI's dense ones have, as
+        # long as it is.
         weight = comfy.utils.get_attr(self.model, key)
-        held = weight._qdata if is_packed(weight) else weight
-        is_view = held.untyped_storage().nbytes() > held.nbytes
-        if (
-            comfy.model_management.MAX_PINNED_MEMORY > 0
-            and comfy.model_management.is_device_cpu(held.device)
-            and is_view
-        ):
+        if comfy.model_management.MAX_PINNED_MEMORY > 0 and is_in_map(weight):
             comfy.utils.set_attr_param(self.model, key, weight.clone())
+            comfy.utils.get_attr(self.model, key).mapped = weight
         super().pin_weight_to_device(key)
+        if key not in self.pinned:
+            self._back_into_map(key)
+
+    def unpin_weight(self, key):
+        super().unpin_weight(key)
+        self._back_into_map(key)
+
+    def _back_into_map(self, key: str) -> None:
+        weight = comfy.utils.get_attr(self.model, key)
+        if mapped(weight) is not None and comfy.model_management.is_device_cpu(weight.device):
+            comfy.utils.set_attr(self.model, key, mapped(weight))
 
 
 class GGUFModelPatcherDynamic(_PackedWeightPatching, ModelPatcherDynamic):
@@ -273,11 +299,26 @@ class GGUFModelPatcherDynamic(_PackedWeightPatching, ModelPatcherDynamic):
             return GGUFModelPatcher(model, load_device, offload_device, *args, **kwargs)
         return super().__new__(cls)
 
+    def load(self, *args, dirty=False, **kwargs):
+        """With ``dirty``, ComfyUI's word for other patches than before, it sends every weight to the device anew. Those
+        of packed weights change nothing there: what is resident stays."""
+        resident = {m: m._v_signature for m in self.model.modules() if dirty and _unpatched_on_device(m)}
+        super().load(*args, dirty=dirty, **kwargs)
+        for module, signature in resident.items():
+            if _unpatched_on_device(module):
+                module._v_signature = signature
+
     def clone(self, *args, **kwargs):
         clone = super().clone(*args, **kwargs)
         if type(clone) is ModelPatcher:  # disable_dynamic=True: ComfyUI names its static class itself
             clone.__class__ = GGUFModelPatcher
         return clone
+
+
+def _unpatched_on_device(module: torch.nn.Module) -> bool:
+    """Whether what dynamic VRAM keeps of a module's parameters is what the file has: patches act when they are used."""
+    functions = (getattr(module, f"{name}_lowvram_function", None) for name in ("weight", "bias"))
+    return hasattr(module, "_v") and not any(functions)
 
 
 def for_packed_weights(patcher: ModelPatcher) -> GGUFModelPatcher | GGUFModelPatcherDynamic:

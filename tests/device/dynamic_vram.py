@@ -36,7 +36,7 @@ import torch
 from . import host_on_device
 from .simulated import accelerator
 
-PAGE = 32 << 20  # comfy-aimdo's VBAR_PAGE_SIZE
+PAGE = 32 << 20  # comfy-aimdo's VBAR_PAGE_SIZE; smaller ones do as long as no weight needs more than two
 CHUNK = 16 << 20  # by which its VRAMBuffer grows
 SEED = 5
 
@@ -47,6 +47,7 @@ class Weights:
 
     device: int
     base: int
+    page: int  # bytes
     pages: int
     backed: dict[int, int] = field(default_factory=dict)  # page → the number of the time that it got memory
     pinned: Counter = field(default_factory=Counter)  # page → how often
@@ -55,6 +56,9 @@ class Weights:
     def drop(self, page: int) -> None:
         accelerator.back(self.base, page, False)
         del self.backed[page]
+
+    def pages_of(self, offset: int, size: int) -> range:
+        return range(offset // self.page, -(-(offset + size) // self.page))
 
     @property
     def droppable(self) -> list[int]:
@@ -66,12 +70,18 @@ class Library:
 
     Attributes:
         chance: of a page being taken away when a layer asks for its weights.
+        page: bytes of a page of the models that come next.
+        room: bytes that the weights of one model may take on the device; None: as many as there are.
+        read: bytes that were read of files.
         faults, evictions: how often pages got memory, and lost it by chance.
     """
 
     def __init__(self):
         self.random = random.Random(SEED)
         self.chance = 0.0
+        self.page = PAGE
+        self.room: int | None = None
+        self.read = 0
         self.faults = self.evictions = 0
         self._objects: dict[int, object] = {}
         self._next = 1
@@ -88,7 +98,7 @@ class Library:
         return device + 1
 
     def get_total_vram_usage(self, context: int) -> int:
-        return sum(len(w.backed) * PAGE for w in self._weights.values() if w.device == context - 1)
+        return sum(len(w.backed) * w.page for w in self._weights.values() if w.device == context - 1)
 
     def aimdo_analyze(self, context: int) -> None:
         """Would print."""
@@ -96,8 +106,8 @@ class Library:
     # ModelVBAR
 
     def vbar_allocate(self, context: int, size: int, device: int) -> int:
-        pages = -(-size // PAGE)
-        made = Weights(device, accelerator.reserve(device, size, PAGE), pages, watermark=pages)
+        pages = -(-size // self.page)
+        made = Weights(device, accelerator.reserve(device, size, self.page), self.page, pages, watermark=pages)
         handle = self._keep(made)
         self._weights[handle] = made
         return handle
@@ -114,8 +124,8 @@ class Library:
     def vbar_fault(self, context: int, handle: int, offset: int, size: int, signature: ctypes.Array) -> int:
         self._take_some_away()
         weights = self._weights[handle]
-        pages = _pages(offset, size)
-        if pages.stop > weights.watermark:
+        pages = weights.pages_of(offset, size)
+        if pages.stop > weights.watermark or (self.room is not None and pages.stop * weights.page > self.room):
             return 1
         for page in pages:
             if page not in weights.backed:
@@ -130,11 +140,12 @@ class Library:
 
     def vbar_unpin(self, context: int, handle: int, offset: int, size: int) -> None:
         weights = self._weights[handle]
-        for page in _pages(offset, size):
+        for page in weights.pages_of(offset, size):
             weights.pinned[page] = max(0, weights.pinned[page] - 1)
 
     def vbar_loaded_size(self, context: int, handle: int) -> int:
-        return len(self._weights[handle].backed) * PAGE
+        weights = self._weights[handle]
+        return len(weights.backed) * weights.page
 
     def vbar_free_memory(self, context: int, handle: int, size: int) -> int:
         weights, freed = self._weights[handle], 0
@@ -142,7 +153,7 @@ class Library:
             if freed >= size:
                 break
             weights.drop(page)
-            freed += PAGE
+            freed += weights.page
         return freed
 
     def vbar_prioritize(self, context: int, handle: int, clamp: int = 0) -> None:
@@ -155,14 +166,14 @@ class Library:
         """The limit is the device's."""
 
     def vbar_set_watermark(self, context: int, handle: int, size: int) -> None:
-        self._weights[handle].watermark = size // PAGE
+        self._weights[handle].watermark = size // self._weights[handle].page
 
     def vbars_reset_watermark_limits(self, context: int) -> None:
         for weights in self._weights.values():
             weights.watermark = weights.pages
 
     def vbars_analyze(self, context: int, only: bool) -> int:
-        return sum(len(w.droppable) * PAGE for w in self._weights.values() if w.device == context - 1)
+        return sum(len(w.droppable) * w.page for w in self._weights.values() if w.device == context - 1)
 
     def vbar_get_nr_pages(self, context: int, handle: int) -> int:
         return self._weights[handle].pages
@@ -235,12 +246,14 @@ class Library:
 
     def hostbuf_read_file_slice(self, handle, device, file, position, size, offset, stream, address) -> bool:
         memory = self._objects[handle][0]
+        self.read += size
         memory[offset : offset + size] = os.pread(file, size, position)
         if address:
             _to_device(memory[offset : offset + size], address, device)
         return True
 
     def hostbuf_file_reader_read(self, device, file, position, size, stream, address, mark_cold) -> bool:
+        self.read += size
         _to_device(os.pread(file, size, position), address, device)
         return True
 
@@ -267,10 +280,6 @@ class Library:
         os.close(file)
 
 
-def _pages(offset: int, size: int) -> range:
-    return range(offset // PAGE, -(-(offset + size) // PAGE))
-
-
 def _at(address: int, size: int, device: torch.device | int) -> torch.Tensor:
     return torch.ops.simulated.at_address(address, size, torch.device(accelerator.NAME, device))
 
@@ -290,24 +299,27 @@ _library = Library()
 
 
 @contextlib.contextmanager
-def dynamic_vram(chance: float = 0.0) -> Iterator[Library]:
+def dynamic_vram(chance: float = 0.0, page: int = PAGE) -> Iterator[Library]:
     """The host has dynamic VRAM, as its ``main.py`` switches it on, as long as the context lasts; it ends unloaded.
 
     Args:
-        chance: as in `Library`.
+        chance, page: as in `Library`.
     """
     for module in ("control", "host_buffer", "model_mmap", "model_vbar", "vram_buffer"):
         getattr(comfy_aimdo, module).lib = _library
     comfy_aimdo.control.devctxs = [_library.get_devctx(device) for device in range(accelerator.DEVICES)]
     comfy_aimdo.torch.get_tensor_from_raw_ptr = lambda address, size, device: _at(address, size, device.index)
     patcher, memory = comfy.model_patcher, comfy.memory_management
-    before = patcher.CoreModelPatcher, memory.aimdo_enabled, _library.chance, vars(torch.nn.Parameter).get("data")
-    patcher.CoreModelPatcher, memory.aimdo_enabled, _library.chance = patcher.ModelPatcherDynamic, True, chance
+    before = patcher.CoreModelPatcher, memory.aimdo_enabled, vars(torch.nn.Parameter).get("data")
+    library_before = _library.chance, _library.page, _library.room
+    patcher.CoreModelPatcher, memory.aimdo_enabled = patcher.ModelPatcherDynamic, True
+    _library.chance, _library.page = chance, page
     torch.nn.Parameter.data = property(torch._C.TensorBase.data.__get__, _set_data)
     try:
         yield _library
     finally:
         host_on_device.unload(comfy.model_management)  # while parameters can still be assigned
-        patcher.CoreModelPatcher, memory.aimdo_enabled, _library.chance, data = before
+        patcher.CoreModelPatcher, memory.aimdo_enabled, data = before
+        _library.chance, _library.page, _library.room = library_before
         if data is None:
             del torch.nn.Parameter.data

@@ -162,21 +162,27 @@ def test_factors_count_in_what_a_full_load_may_take(wide):
 
 
 def test_a_weight_that_is_pinned_has_memory_of_its_own(path, monkeypatch):
-    """Page-locking needs a GPU: what ComfyUI would lock is looked at."""
+    """As long as it is. Page-locking needs a GPU: what ComfyUI would lock is looked at."""
     model = load_small(path)
     pinned = []
     monkeypatch.setattr(comfy.model_management, "MAX_PINNED_MEMORY", 1 << 40)
-    monkeypatch.setattr(comfy.model_management, "pin_memory", lambda weight: pinned.append(weight) or False)
-    module = model.model.diffusion_model.single_layers[0].mlp.c_proj
+    monkeypatch.setattr(comfy.model_management, "pin_memory", lambda weight: pinned.append(weight) or locked)
+    monkeypatch.setattr(comfy.model_management, "unpin_memory", lambda weight: weight is pinned[-1])
+    module, key = model.model.diffusion_model.single_layers[0].mlp.c_proj, "single_layers.0.mlp.c_proj.weight"
     before = module.weight
     assert before._qdata.untyped_storage().nbytes() > before._qdata.nbytes
-    model.pin_weight_to_device("diffusion_model.single_layers.0.mlp.c_proj.weight")
-    (weight,) = pinned
-    assert weight is module.weight
-    assert weight._qdata.untyped_storage().nbytes() == weight._qdata.nbytes
-    assert torch.equal(weight._qdata, before._qdata)
-    model.pin_weight_to_device("diffusion_model.single_layers.0.mlp.c_proj.weight")
-    assert module.weight is weight  # once is enough
+    locked = True
+    for _ in range(2):  # once is enough
+        model.pin_weight_to_device(f"diffusion_model.{key}")
+        weight = pinned[0]
+        assert module.weight is weight is pinned[-1]
+        assert weight._qdata.untyped_storage().nbytes() == weight._qdata.nbytes
+        assert torch.equal(weight._qdata, before._qdata)
+    model.unpin_weight(f"diffusion_model.{key}")
+    assert module.weight is before
+    locked = False
+    model.pin_weight_to_device(f"diffusion_model.{key}")
+    assert module.weight is before
 
 
 def test_the_factors_count_as_loaded_memory(packed):

@@ -1,0 +1,93 @@
+"""What goes over the bus, and what stays on the device: each byte once, and of a LoRA nothing but its own factors."""
+
+import comfy.model_management as management
+import pytest
+from auraflow_gguf.loader.comfyui.ops import is_in_map
+
+from ..host.patches import lora, patched
+from ..host.sampling import QUICK
+from ..host.small_auraflow import load_small, small_gguf
+from .dynamic_vram import dynamic_vram
+from .host_on_device import device_memory
+from .pictures import picture
+from .simulated import accelerator
+
+LINEARS = [f"single_layers.{layer}.{name}" for layer in (0, 1) for name in ("attn.w1q", "mlp.c_fc1", "mlp.c_proj")]
+SMALL = 1 << 16  # what a picture moves besides: latents, conditioning, timesteps
+PAGE = 1 << 19
+
+
+@pytest.fixture
+def library():
+    with dynamic_vram(page=PAGE) as library:
+        yield library
+
+
+@pytest.fixture
+def model(library):
+    return load_small(small_gguf("Q4_0"))
+
+
+def factors(model) -> dict:
+    """Those of LoRAs beside the weights that are loaded, by their linear."""
+    linears = (m for m in model.model.modules() if getattr(m, "low_rank", None) and not m.stays_mapped)
+    return {linear: linear.low_rank for linear in linears}
+
+
+def nbytes(factors: dict) -> int:
+    return sum(one.nbytes for one in factors.values())
+
+
+def moved_by(model) -> int:
+    accelerator.reset()
+    picture(model)
+    return accelerator.counters().to_device
+
+
+@pytest.mark.parametrize("share", [0.5, 1])
+def test_another_strength_of_a_lora_moves_its_factors_alone(library, model, share):
+    """Besides them, what does not fit goes over the bus in each step, as it does without a LoRA."""
+    library.room = int(share * model.model_size()) // PAGE * PAGE + (share == 1) * PAGE
+    with device_memory(management, model, "full"):
+        moved_by(model)
+        in_each_run = moved_by(model)
+        offloaded = model.model_size() - library.room
+        assert in_each_run < SMALL if share == 1 else in_each_run > 0.9 * QUICK["steps"] * offloaded
+        bare = sum(p.nbytes for p in model.model.diffusion_model.parameters(recurse=False))  # loaded again
+        for strength in (0.5, 0.8):
+            changed = patched(model, lora, strength, LINEARS)
+            moved = moved_by(changed) - in_each_run
+            assert len(factors(model)) == len(LINEARS)
+            assert abs(moved - nbytes(factors(model))) < SMALL + bare
+            assert abs(moved_by(changed) - in_each_run) < SMALL
+        assert abs(moved_by(model) - in_each_run) < SMALL + bare
+
+
+def test_the_factors_of_one_lora_are_on_the_device_at_a_time(model):
+    with device_memory(management, model, "full"):
+        picture(patched(model, lora, 0.5, LINEARS))
+        before, changed = accelerator.counters().allocated, patched(model, lora, 0.8, LINEARS)
+        accelerator.reset()
+        management.load_models_gpu([changed])
+        largest = max(one.nbytes for one in factors(model).values())
+        assert accelerator.counters().peak < before + 3 * largest < before + nbytes(factors(model))
+
+
+def in_the_file(model) -> dict[str, int]:
+    """Where weights lie in their file's map, by name: those that do."""
+    parameters = {name: p for name, p in model.model.named_parameters() if is_in_map(p)}
+    return {name: getattr(p, "_qdata", p).data_ptr() for name, p in parameters.items()}
+
+
+@pytest.mark.parametrize("mode", ["full", "half", "lowvram"])
+def test_what_is_unloaded_lies_in_the_file_again(mode):
+    """And takes no memory of its own, page-locked or not."""
+    model = load_small(small_gguf("Q4_0"))
+    before = in_the_file(model)
+    with device_memory(management, model, mode):
+        with_lora = patched(model, lora, 0.5, LINEARS)
+        picture(with_lora)
+        assert len(in_the_file(model)) < len(before)
+        model.partially_unload(model.offload_device, model.loaded_size() // 2)
+        picture(model)
+    assert in_the_file(model) == before
