@@ -105,7 +105,8 @@ class Library:
 
     # ModelVBAR
 
-    def vbar_allocate(self, context: int, size: int, device: int) -> int:
+    def vbar_allocate(self, context: int, size: int, device: int, pageout: object = None) -> int:
+        """``pageout``, of comfy-aimdo 0.6, is called for what was written on the device: weights are not."""
         pages = -(-size // self.page)
         made = Weights(device, accelerator.reserve(device, size, self.page), self.page, pages, watermark=pages)
         handle = self._keep(made)
@@ -138,10 +139,11 @@ class Library:
             weights.pinned[page] += 1
         return 0
 
-    def vbar_unpin(self, context: int, handle: int, offset: int, size: int) -> None:
+    def vbar_unpin(self, context: int, handle: int, offset: int, size: int) -> bool:
         weights = self._weights[handle]
         for page in weights.pages_of(offset, size):
             weights.pinned[page] = max(0, weights.pinned[page] - 1)
+        return True
 
     def vbar_loaded_size(self, context: int, handle: int) -> int:
         weights = self._weights[handle]
@@ -165,8 +167,9 @@ class Library:
     def vbar_set_watermark_limit(self, context: int, handle: int, size: int) -> None:
         """The limit is the device's."""
 
-    def vbar_set_watermark(self, context: int, handle: int, size: int) -> None:
+    def vbar_set_watermark(self, context: int, handle: int, size: int) -> bool:
         self._weights[handle].watermark = size // self._weights[handle].page
+        return True
 
     def vbars_reset_watermark_limits(self, context: int) -> None:
         for weights in self._weights.values():
