@@ -38,6 +38,7 @@ ROOMS = {
 # What is not ours → the rooms that may import it; the host's own modules count as comfy.
 PACKAGES = {
     "comfy": (COMFYUI, "nodes"),
+    "comfy_aimdo": (COMFYUI,),
     "comfy_kitchen": (WEIGHTS, DIFFUSERS),
     "diffusers": (DIFFUSERS,),
     "transformers": (DIFFUSERS,),

@@ -15,6 +15,7 @@ from ..files.gguf_file import GGUFFile
 from ..files.matching import Match
 from ..weights.state_dict import log_skipped, open_checked, sizes_by_type, state_dict
 from . import int8, modulation
+from .file_reader import readable
 from .ops import GGUFOps
 from .patcher import GGUFModelPatcher, GGUFModelPatcherDynamic, for_packed_weights
 
@@ -59,7 +60,7 @@ def load_model(
     log_skipped(matched, file.path)
     dtype = compute_dtype or _compute_dtype(matched)
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        state_dict(file, matched, dtype),
+        readable(state_dict(file, matched, dtype), file, matched, disable_dynamic),
         model_options={"dtype": dtype, "custom_operations": GGUFOps},
         disable_dynamic=disable_dynamic,
     )

@@ -75,7 +75,9 @@ def mapped(param: torch.nn.Parameter) -> torch.nn.Parameter | None:
 def is_in_map(param: torch.nn.Parameter) -> bool:
     """Whether a parameter is a view on its file's map."""
     held = param._qdata if is_packed(param) else param
-    return held.device.type == "cpu" and held.untyped_storage().nbytes() > held.nbytes
+    storage = held.untyped_storage()
+    alone = hasattr(storage, "_comfy_tensor_file_slice")  # file_reader.py
+    return held.device.type == "cpu" and (alone or storage.nbytes() > held.nbytes)
 
 
 def _moved(param: torch.nn.Parameter, move: Callable[[torch.Tensor], torch.Tensor]) -> torch.nn.Parameter:

@@ -14,6 +14,7 @@ from comfy.text_encoders.aura_t5 import AuraT5Model, AuraT5Tokenizer
 from ..files.errors import ModelFileError
 from ..files.pile_t5 import PILE_T5_XL, STACK
 from ..weights.state_dict import log_skipped, open_checked, sizes_by_type, state_dict
+from .file_reader import readable
 from .ops import GGUFOps
 from .patcher import GGUFModelPatcher, GGUFModelPatcherDynamic, for_packed_weights
 
@@ -62,7 +63,7 @@ def load_text_encoder(
     """
     file, matched = open_checked(path, PILE_T5_XL, fixed)
     log_skipped(matched, file.path)
-    weights = state_dict(file, matched, COMPUTE_DTYPE)
+    weights = readable(state_dict(file, matched, COMPUTE_DTYPE), file, matched, disable_dynamic)
     clip = GGUFCLIP(
         SimpleNamespace(params={}, clip=AuraT5Model, tokenizer=AuraT5Tokenizer),
         embedding_directory=embedding_directory,

@@ -178,6 +178,10 @@ class GGUFFile:
         """The shape of each tensor by its name, outermost first."""
         return {name: info.shape for name, info in self.tensors.items()}
 
+    def part(self, info: TensorInfo) -> tuple[str, int]:
+        """The path of the file that holds a tensor, and how many bytes that had when it was opened."""
+        return self._files[info.part]
+
     def packed(self, name: str) -> torch.Tensor:
         """The bytes of a tensor, ``(nbytes,) uint8``: a view on the private, copy-on-write memory map of the file.
 

@@ -1,8 +1,10 @@
 """What goes over the bus, and what stays on the device: each byte once, and of a LoRA nothing but its own factors."""
 
+import comfy.memory_management
 import comfy.model_management as management
 import pytest
 from auraflow_gguf.loader.comfyui.ops import is_in_map
+from auraflow_gguf.loader.weights.layout import is_packed
 
 from ..host.patches import lora, patched
 from ..host.sampling import QUICK
@@ -91,3 +93,18 @@ def test_what_is_unloaded_lies_in_the_file_again(mode):
         model.partially_unload(model.offload_device, model.loaded_size() // 2)
         picture(model)
     assert in_the_file(model) == before
+
+
+@pytest.mark.skipif(not hasattr(comfy.memory_management, "TensorFileSlice"), reason="this ComfyUI has no file reader")
+def test_each_byte_is_read_of_the_file_once(library, model):
+    """By ComfyUI's reader, a whole weight at a time, whether it stays on the device or not."""
+    library.room = model.model_size() // 2 // PAGE * PAGE
+    linears = [m for m in model.model.modules() if hasattr(m, "stays_mapped") and not m.stays_mapped]
+    size = sum(m.weight.nbytes for m in linears if is_packed(m.weight))
+    with device_memory(management, model, "full"):
+        before = library.read
+        picture(model)
+        assert size <= library.read - before < size + SMALL
+        before = library.read
+        picture(patched(model, lora, 0.5, LINEARS))
+        assert library.read == before

@@ -14,6 +14,7 @@ import comfy.supported_models
 import torch
 from auraflow_gguf.devtools.random_models import make_packed_auraflow
 from auraflow_gguf.loader.comfyui import int8, modulation
+from auraflow_gguf.loader.comfyui.file_reader import readable
 from auraflow_gguf.loader.comfyui.ops import GGUFOps
 from auraflow_gguf.loader.comfyui.patcher import for_packed_weights
 from auraflow_gguf.loader.files.auraflow import AURAFLOW
@@ -57,7 +58,8 @@ def load_small(
     """The file's MODEL, its weights packed: what ``load_model`` does but for the detection of the model. Products in
     int8 are made on any CPU."""
     file, matched = open_checked(path, AURAFLOW, fixed={})
-    patcher = for_packed_weights(small_patcher(state_dict(file, matched, dtype), GGUFOps, dtype, disable_dynamic))
+    weights = readable(state_dict(file, matched, dtype), file, matched, disable_dynamic)
+    patcher = for_packed_weights(small_patcher(weights, GGUFOps, dtype, disable_dynamic))
     patcher.model.manual_cast_dtype = None
     patcher.cached_patcher_init = (load_small, (path, dtype, modulation_cache, matrix_mult))
     if matrix_mult == "int8":
