@@ -81,7 +81,7 @@ def in_the_file(model) -> dict[str, int]:
     return {name: getattr(p, "_qdata", p).data_ptr() for name, p in parameters.items()}
 
 
-@pytest.mark.parametrize("mode", ["full", "half", "lowvram"])
+@pytest.mark.parametrize("mode", ["full", "half"])
 def test_what_is_unloaded_lies_in_the_file_again(mode):
     """And takes no memory of its own, page-locked or not."""
     model = load_small(small_gguf("Q4_0"))
