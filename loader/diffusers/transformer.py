@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import types
 from collections.abc import Mapping
 
 import torch
@@ -59,7 +60,21 @@ def load_diffusers_transformer(
         weights[name] = weight.to(dtype) if row.bare or name.endswith(".bias") else weight
     fill(model, weights)
     save_dense(model, functools.partial(_empty, config))
+    model.fuse_lora = types.MethodType(_fuse_lora, model)
     return model.eval()
+
+
+def _fuse_lora(self: AuraFlowTransformer2DModel, *args, **options) -> None:
+    """In the place of diffusers' own: PEFT would add to a dense copy of each weight, which is then thrown away, and
+    count the LoRA as fused.
+
+    Raises:
+        NotImplementedError: always.
+    """
+    raise NotImplementedError(
+        "The weights are packed, and a LoRA cannot be fused into them: it works beside them as it is. To have it in a "
+        "file, merge it before the model is converted, or with ComfyUI's node Save AuraFlow as GGUF."
+    )
 
 
 def _empty(config: Mapping[str, int]) -> AuraFlowTransformer2DModel:

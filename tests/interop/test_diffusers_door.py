@@ -16,6 +16,7 @@ from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.quantizer.convert import convert
 from auraflow_gguf.quantizer.recipe import NEEDS_IMATRIX, RECIPES
 from diffusers import AuraFlowPipeline, AuraFlowTransformer2DModel, FlowMatchEulerDiscreteScheduler
+from peft import LoraConfig
 from safetensors.torch import save_file
 from transformers import UMT5EncoderModel
 
@@ -215,11 +216,28 @@ def test_a_pipeline_gives_its_dense_twin_s_picture_with_and_without_a_lora(folde
     assert relative_error(changed, picture(twin)) < 1e-4
     with pytest.raises(ValueError, match=r"The model has adapters .*unload_lora_weights"):
         pipe.transformer.save_pretrained(tmp_path / "with adapters")
+    with pytest.raises(NotImplementedError, match="a LoRA cannot be fused"):
+        pipe.fuse_lora()
+    assert torch.equal(picture(pipe), changed)
     accelerate.cpu_offload(pipe.transformer, torch.device("cpu"))
     assert relative_error(picture(pipe), changed) < 1e-5
     accelerate.hooks.remove_hook_from_module(pipe.transformer, recurse=True)
     pipe.unload_lora_weights()
     assert relative_error(picture(pipe), plain) < 1e-5
+
+
+def test_a_dora_gives_the_output_of_the_dense_twin(folder, tmp_path):
+    model = transformer(folder)
+    plain = run(model)
+    model.save_pretrained(tmp_path)
+    twin = AuraFlowTransformer2DModel.from_pretrained(tmp_path)
+    for each in (model, twin):
+        torch.manual_seed(3)
+        each.add_adapter(LoraConfig(r=4, use_dora=True, target_modules=["attn.to_q"], init_lora_weights=False))
+    assert relative_error(run(model), run(twin)) < 1e-4
+    assert relative_error(run(model), plain) > 1e-3
+    with pytest.raises(NotImplementedError, match="a LoRA cannot be fused"):
+        model.fuse_lora()
 
 
 def test_a_whole_pipeline_is_saved_as_diffusers_own(folder, tmp_path):
