@@ -24,7 +24,6 @@ _VALUES = {
     "AuraFlowGGUFSave": {"type": "Q4_K_M"},
     "AuraFlowLoraLoader": {"lora_name": LORA},
     "LoadImageTextDataSetFromFolder": {"folder": PICTURES},
-    "ResizeImagesByLongerEdge": {"longer_edge": 64},
     "TrainLoraNode": {"steps": 2, "rank": 2, "training_dtype": "fp32", "lora_dtype": "fp32"},
 }
 

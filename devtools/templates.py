@@ -84,6 +84,13 @@ def _shift(model: str) -> dict[str, Any]:
     return node("ModelSamplingAuraFlow", model=[model, 0], shift=1.73)
 
 
+def _scale(image: list[Any], megapixels: float) -> dict[str, Any]:
+    """To sides of whole patches: 16 pixels, which are 2 latents."""
+    return node(
+        "ImageScaleToTotalPixels", image=image, upscale_method="lanczos", megapixels=megapixels, resolution_steps=16
+    )
+
+
 def _vae() -> dict[str, Any]:
     return node("VAELoader", vae_name=VAE)
 
@@ -180,13 +187,7 @@ TEMPLATES = (
             "clip": _text_encoder(),
             **_texts("the same place in deep winter, snow, oil painting"),
             "image": node("LoadImage", image="example.png"),
-            "scale": node(
-                "ImageScaleToTotalPixels",
-                image=["image", 0],
-                upscale_method="lanczos",
-                megapixels=1.0,
-                resolution_steps=16,
-            ),
+            "scale": _scale(["image", 0], 1.0),
             "vae": _vae(),
             "encode": node("VAEEncode", pixels=["scale", 0], vae=["vae", 0]),
             "sampler": node("KSampler", **_sampling("encode", denoise=0.6)),
@@ -233,15 +234,15 @@ TEMPLATES = (
             "loader": _loader(),
             "clip": _text_encoder(),
             "pictures": node("LoadImageTextDataSetFromFolder", folder="my-pictures"),
-            "positive": node("CLIPTextEncode", clip=["clip", 0], text=["pictures", 1]),
-            "scale": node("ResizeImagesByLongerEdge", images=["pictures", 0], longer_edge=768),
+            "captions": node("CLIPTextEncode", clip=["clip", 0], text=["pictures", 1]),
+            "scale": _scale(["pictures", 0], 0.6),
             "vae": _vae(),
             "encode": node("VAEEncode", pixels=["scale", 0], vae=["vae", 0]),
             "train": node(
                 "TrainLoraNode",
                 model=["loader", 0],
                 latents=["encode", 0],
-                positive=["positive", 0],
+                positive=["captions", 0],
                 batch_size=1,
                 grad_accumulation_steps=1,
                 steps=500,
@@ -267,15 +268,15 @@ TEMPLATES = (
         "### A LoRA from your pictures, on a quantized model\n"
         "1. Put 10 to 50 pictures into a folder of ComfyUI's `input`, here `my-pictures`, each with its caption in a "
         "`.txt` file of the same name.\n"
-        "2. Run. The weights stay packed. Keep **bypass_mode** on: without it each weight is unpacked and changed as a "
-        "whole. **gradient_checkpointing** takes more time and less memory.\n"
-        "3. Move the file from `output/loras` to `models/loras`, and load it with **Load AuraFlow LoRA**.\n\n"
+        "2. Press **R**, choose the folder, and run. The weights stay packed. Keep **bypass_mode** on: without it each "
+        "weight is unpacked and changed as a whole. **gradient_checkpointing** takes more time and less memory. On a "
+        "CPU choose `fp32` for both dtypes: bf16 can take ten times as long and more.\n"
+        "3. The file is in `output/loras`, where ComfyUI finds it after **R**: choose it in **Load AuraFlow LoRA**.\n\n"
         "The nodes to train are ComfyUI's own, and experimental; those of 0.16 cannot train a model that a node has "
         "loaded, those of 0.33 can.\n\n" + _FILES,
         (
-            ("loader", "clip", "vae"),
-            ("pictures", "scale", "note"),
-            ("positive", "encode"),
+            ("pictures", "clip", "vae", "note"),
+            ("loader", "captions", "scale", "encode"),
             ("train",),
             ("save", "loss"),
         ),
@@ -395,7 +396,6 @@ _SIZES = {  # of nodes that show more than their widgets
     "LoadImage": (300, 340),
     "AuraFlowGGUFInspect": (440, 800),
     "CLIPTextEncode": (340, 130),
-    "MarkdownNote": (340, 330),
     "LossGraphNode": (340, 330),
 }
 _SHOWING_A_LINE = (
@@ -405,7 +405,7 @@ _SHOWING_A_LINE = (
     "AuraFlowGGUFImportance",
     "AuraFlowGGUFFit",
 )
-_TITLES = {"positive": "Positive prompt", "negative": "Negative prompt"}
+_TITLES = {"positive": "Positive prompt", "negative": "Negative prompt", "captions": "Captions"}
 
 
 def graph(template: Template, info: ObjectInfo) -> dict[str, Any]:
@@ -511,7 +511,7 @@ def _note(number: int, text: str) -> dict[str, Any]:
         "id": number,
         "type": "MarkdownNote",
         "pos": [0, 0],
-        "size": list(_SIZES["MarkdownNote"]),
+        "size": [340, max(330, 90 + len(text) // 4)],
         "flags": {},
         "order": number - 1,
         "mode": 0,
