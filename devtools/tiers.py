@@ -1,4 +1,4 @@
-"""``dev.py test``: the tests in tiers, some at a time, and at the end what each tier ran on."""
+"""``dev.py test``: the tests in tiers, two at a time, and at the end what each tier ran on."""
 
 from __future__ import annotations
 
@@ -189,16 +189,15 @@ _printing = threading.Lock()
 
 
 def _run_all(planned: list[Job | LeftOut], at_once: int) -> list[Result | LeftOut]:
-    """Runs the jobs, ``at_once`` of them at a time, and one more where a browser is; results as planned."""
+    """Runs the jobs, ``at_once`` of them at a time; results as planned."""
     jobs = sorted((job for job in planned if isinstance(job, Job)), key=lambda job: job.share, reverse=True)
     if at_once == 1 or len(jobs) < 2:
         results = {id(job): _run(job) for job in jobs}
     else:
-        print(f"{at_once} of these at a time, and browsers beside: {', '.join(job.tier for job in jobs)}", flush=True)
+        print(f"{at_once} of these at a time: {', '.join(job.tier for job in jobs)}", flush=True)
         threads = max(1, (os.cpu_count() or 1) // at_once)
-        with ThreadPoolExecutor(at_once) as pool, ThreadPoolExecutor(1) as beside:
-            pools = {job.tier: beside if job.tier == "browser" else pool for job in jobs}  # that wait most of the time
-            runs = [(job, pools[job.tier].submit(_run, job, threads)) for job in jobs]
+        with ThreadPoolExecutor(at_once) as pool:
+            runs = [(job, pool.submit(_run, job, threads)) for job in jobs]
         results = {id(job): run.result() for job, run in runs}
     return [results[id(entry)] if isinstance(entry, Job) else entry for entry in planned]
 
