@@ -206,7 +206,7 @@ def _rotated(linear: PackedLinear, before: PackedLinear | None) -> Callable[[tor
     packed, quant_type, smoothing = linear.packed, linear.quant_type, None
     if before:
         sizes, _ = int8.norms(before.packed, before.quant_type)
-        smoothing = int8.smoothing(sizes, int8.norms(packed, quant_type)[1])
+        smoothing = int8.smoothing_of(sizes, int8.norms(packed, quant_type)[1])
     scales = int8.row_scales(packed, quant_type, smoothing)
     weight = int8.int8_weight(packed, quant_type, scales, smoothing).float()
     return _product(linear, weight, scales, lambda rows: int8.rotated(int8.smoothed(rows, smoothing)))

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from pathlib import Path
 
 import comfy.sd
 import torch
-from comfy_extras.nodes_train import TrainLoraNode
 
 from ..devtools.cache import cache_folder, locked
 from ..devtools.random_models import make_auraflow
 from ..loader.comfyui.model import load_model
 from ..tests.host.aura_files import make_gguf
+from ..tests.host.training import train
 from .measure import peak_growth
 from .memory import grown
 
 TYPES = ("Q8_0", "Q4_0")
 DENSE = "dense"
+SETTING = {"size": 32, "tokens": 64, "rank": 16, "optimizer": "AdamW", "learning_rate": 0.0005}
 LAYERS = {"double_layers": 1, "single_layers": 1}
 SETTING_TEXT = (
     "the most that a process grows by in one step of ComfyUI's Train LoRA: rank 16 on every linear, AdamW, a latent of "
@@ -34,7 +34,8 @@ def measure() -> list[dict]:
 
     Returns:
         ``weights``, the two switches, ``file_bytes``, and ``grown_bytes``: what is resident at most, less what was
-        resident before the file was opened; the pages of the file that are mapped count as resident.
+        resident before the file was opened; the pages of the file that are mapped count as resident. ``beside_dense``
+        is its ratio to that of the dense file.
     """
     if sys.platform != "linux":
         return []
@@ -45,6 +46,9 @@ def measure() -> list[dict]:
         row = {"weights": kind, "bypass_mode": bypass, "gradient_checkpointing": checkpointing}
         row |= {"file_bytes": os.path.getsize(path), "grown_bytes": grown("training", str(path), bypass, checkpointing)}
         rows.append(row)
+    (dense,) = (row["grown_bytes"] for row in rows if row["weights"] == DENSE)
+    for row in rows:
+        row["beside_dense"] = row["grown_bytes"] / dense
         print(*row.items(), flush=True)
     return rows
 
@@ -66,35 +70,6 @@ def in_this_process(path: str, bypass: bool, checkpointing: bool) -> int:
             model = load_model(Path(path), torch.float32)
         else:
             model = comfy.sd.load_diffusion_model(path, model_options={"dtype": torch.bfloat16})
-        _train(model, bypass, checkpointing)
+        train(model, **SETTING, bypass_mode=bypass, gradient_checkpointing=checkpointing)
 
     return peak_growth(load_and_train)
-
-
-def _train(model, bypass: bool, checkpointing: bool) -> None:
-    generator = torch.Generator().manual_seed(0)
-    settings = {
-        "model": model,
-        "latents": {"samples": torch.randn(1, 4, 32, 32, generator=generator)},
-        "positive": [[torch.randn(1, 64, 2048, generator=generator), {}]],
-        "batch_size": 1,
-        "steps": 1,
-        "grad_accumulation_steps": 1,
-        "learning_rate": 0.0005,
-        "rank": 16,
-        "optimizer": "AdamW",
-        "loss_function": "MSE",
-        "seed": 0,
-        "training_dtype": "fp32",
-        "lora_dtype": "fp32",
-        "quantized_backward": False,
-        "algorithm": "LoRA",
-        "gradient_checkpointing": checkpointing,
-        "checkpoint_depth": 1,
-        "offloading": False,
-        "existing_lora": "[None]",
-        "bucket_mode": False,
-        "bypass_mode": bypass,
-    }
-    known = inspect.signature(TrainLoraNode.execute).parameters
-    TrainLoraNode.execute(**{name: [value] for name, value in settings.items() if name in known})

@@ -511,7 +511,7 @@ def _note(number: int, text: str) -> dict[str, Any]:
         "id": number,
         "type": "MarkdownNote",
         "pos": [0, 0],
-        "size": [340, max(330, 90 + len(text) // 4)],
+        "size": [340, max(330, 90 + len(text) // 4)],  # as high as its text, of about 50 letters a line
         "flags": {},
         "order": number - 1,
         "mode": 0,

@@ -22,7 +22,6 @@ import torch
 
 from . import ROOT, browser
 from .arguments import OF_THE_NEWEST, TIERS
-from .cache import bytecode_variables
 from .cxx import NoCompiler, compiler
 from .hosts import Host, newest
 
@@ -254,7 +253,7 @@ def _pytest(
 
 def _call(module: list[str], variables: dict[str, str], output: BinaryIO | None) -> int:
     """Runs ``python -m`` in the project's root."""
-    environment = {"GLIBC_TUNABLES": HUGE_PAGES, **os.environ, **bytecode_variables(), **variables}
+    environment = {"GLIBC_TUNABLES": HUGE_PAGES, **os.environ, **variables}
     errors = subprocess.STDOUT if output else None
     return subprocess.call([sys.executable, "-m", *module], cwd=ROOT, env=environment, stdout=output, stderr=errors)
 

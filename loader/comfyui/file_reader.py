@@ -30,6 +30,9 @@ def readable(
     Args:
         weights: what ``state_dict(file, matched, …)`` gives.
         disable_dynamic: whether the model that they are for does without.
+
+    Raises:
+        ModelFileError: the file has become smaller since it was opened.
     """
     dynamic = comfy.memory_management.aimdo_enabled and not disable_dynamic
     if not dynamic or not hasattr(comfy.memory_management, "TensorFileSlice"):

@@ -67,14 +67,14 @@ class _FromFile:
         return self
 
 
-def mapped(param: torch.nn.Parameter) -> torch.nn.Parameter | None:
-    """Where a parameter lies in its file's map, when it is a copy of that in other memory."""
-    return getattr(param, "mapped", None)
+def original_in_map(param: torch.nn.Parameter) -> torch.nn.Parameter | None:
+    """Of a parameter that is a copy in other memory, the one that lies in its file's map."""
+    return getattr(param, "original_in_map", None)
 
 
-def is_in_map(param: torch.nn.Parameter) -> bool:
-    """Whether a parameter is a view on its file's map."""
-    held = param._qdata if is_packed(param) else param
+def is_in_map(weight: torch.Tensor) -> bool:
+    """Whether a weight is a view on its file's map."""
+    held = weight._qdata if is_packed(weight) else weight
     storage = held.untyped_storage()
     alone = hasattr(storage, "_comfy_tensor_file_slice")  # file_reader.py
     return held.device.type == "cpu" and (alone or storage.nbytes() > held.nbytes)
@@ -82,14 +82,14 @@ def is_in_map(param: torch.nn.Parameter) -> bool:
 
 def _moved(param: torch.nn.Parameter, move: Callable[[torch.Tensor], torch.Tensor]) -> torch.nn.Parameter:
     """A parameter moved, from its file's map to a device, or back: then it is the map's again, and no copy is made."""
-    origin = param if is_in_map(param) else mapped(param)
+    origin = param if is_in_map(param) else original_in_map(param)
     if origin is not None and origin is not param:
         to = move(torch.empty(0, dtype=param.dtype, device=param.device))
         if (to.device, to.dtype) == (origin.device, origin.dtype):
             return origin
     result = torch.nn.Parameter(move(param), requires_grad=False)
     if origin is not None and result.device != origin.device and result.dtype == origin.dtype:
-        result.mapped = origin
+        result.original_in_map = origin
     return result
 
 

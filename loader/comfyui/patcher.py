@@ -25,7 +25,7 @@ from ..weights.layout import is_packed
 from .int8 import scale_bytes
 from .low_rank import LowRank, low_rank
 from .modulation import mapped_bytes, mapped_linears, table_of
-from .ops import is_in_map, mapped
+from .ops import is_in_map, original_in_map
 
 
 class WeightPatches:
@@ -82,7 +82,7 @@ class _PackedWeightPatching:
 
     def partially_unload(self, *args, **kwargs):
         for key in self.hook_backup:  # ComfyUI has written into these
-            comfy.utils.get_attr(self.model, key).mapped = None
+            comfy.utils.get_attr(self.model, key).original_in_map = None
         with self._packed_patches_as_functions(without=self.patches):
             return super().partially_unload(*args, **kwargs)
 
@@ -276,7 +276,7 @@ class GGUFModelPatcher(_PackedWeightPatching, ModelPatcher):
         weight = comfy.utils.get_attr(self.model, key)
         if comfy.model_management.MAX_PINNED_MEMORY > 0 and is_in_map(weight):
             comfy.utils.set_attr_param(self.model, key, weight.clone())
-            comfy.utils.get_attr(self.model, key).mapped = weight
+            comfy.utils.get_attr(self.model, key).original_in_map = weight
         super().pin_weight_to_device(key)
         if key not in self.pinned:
             self._back_into_map(key)
@@ -287,8 +287,9 @@ class GGUFModelPatcher(_PackedWeightPatching, ModelPatcher):
 
     def _back_into_map(self, key: str) -> None:
         weight = comfy.utils.get_attr(self.model, key)
-        if mapped(weight) is not None and comfy.model_management.is_device_cpu(weight.device):
-            comfy.utils.set_attr(self.model, key, mapped(weight))
+        original = original_in_map(weight)
+        if original is not None and comfy.model_management.is_device_cpu(weight.device):
+            comfy.utils.set_attr(self.model, key, original)
 
 
 class GGUFModelPatcherDynamic(_PackedWeightPatching, ModelPatcherDynamic):

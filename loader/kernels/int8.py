@@ -94,7 +94,11 @@ def refused_by_gpu(device: torch.device) -> str | None:
 
 
 def norms(packed: torch.Tensor, quant_type: QuantType) -> tuple[torch.Tensor, torch.Tensor]:
-    """The Euclidean norms of a packed weight's rows and columns, float32, in one pass over it."""
+    """The Euclidean norms of a packed weight's rows, ``(rows,)``, and columns, ``(columns,)``, float32, in one pass.
+
+    Args:
+        packed: ``(rows, row_bytes) uint8``.
+    """
     rows, columns = [], 0
     for tile in packed.split(NORM_ROWS):
         weights = dequantize(tile, quant_type, torch.float32)
@@ -103,7 +107,7 @@ def norms(packed: torch.Tensor, quant_type: QuantType) -> tuple[torch.Tensor, to
     return torch.cat(rows), columns.sqrt()
 
 
-def smoothing(outputs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor | None:
+def smoothing_of(outputs: torch.Tensor, inputs: torch.Tensor) -> torch.Tensor | None:
     """By what a weight's input channels are to be smoothed, from weights alone.
 
     The error of rounding both factors of a product is least where a channel's activations and weights are of one size.
@@ -221,7 +225,7 @@ def linear_on_cpu(
 
 
 def smoothed(input: torch.Tensor, smoothing: torch.Tensor | None) -> torch.Tensor:
-    """The activations that go with weights whose columns were multiplied by ``smoothing``."""
+    """Activations ``(…, columns)`` for a weight whose columns were multiplied by ``smoothing``, in their own dtype."""
     return input if smoothing is None else input * smoothing.reciprocal().to(input.dtype)
 
 

@@ -60,7 +60,7 @@ def with_row_scales(
     smoothing = None
     if activations_from is not None and is_packed(activations_from):
         sizes, _ = _norms(activations_from, device)
-        smoothing = int8.smoothing(sizes, _norms(weight, device)[1])
+        smoothing = int8.smoothing_of(sizes, _norms(weight, device)[1])
     scales = int8.row_scales(packed, quant_type, smoothing)
     return with_scales(weight, *(None if x is None else x.to(weight.device) for x in (scales, smoothing)))
 

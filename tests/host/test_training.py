@@ -3,60 +3,23 @@ LoRA that works in every loader."""
 
 from __future__ import annotations
 
-import inspect
-
 import folder_paths
 import pytest
 import torch
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.nodes.lora_loader import AuraFlowLoraLoader
 from auraflow_gguf.quantizer.recipe import NEEDS_IMATRIX, RECIPES
-from comfy_extras.nodes_train import SaveLoRA, TrainLoraNode
+from comfy_extras.nodes_train import SaveLoRA
 from safetensors.torch import save_file
 
 import nodes
 
 from .patches import noise
 from .sampling import QUICK, relative_error, sample
-from .small_auraflow import TEXT, load_small, load_small_dense, make_small, small_gguf
+from .small_auraflow import load_small, load_small_dense, make_small, small_gguf
+from .training import SETTINGS, train
 
-RANK = 2
-SETTINGS = {
-    "batch_size": 1,
-    "steps": 1,
-    "grad_accumulation_steps": 1,
-    "learning_rate": 1.0,
-    "rank": RANK,
-    "optimizer": "SGD",
-    "loss_function": "MSE",
-    "seed": 0,
-    "training_dtype": "fp32",
-    "lora_dtype": "fp32",
-    "quantized_backward": False,
-    "algorithm": "LoRA",
-    "gradient_checkpointing": True,
-    "checkpoint_depth": 1,
-    "offloading": False,
-    "existing_lora": "[None]",
-    "bucket_mode": False,
-    "bypass_mode": True,
-}
-
-
-def train(model, text: int = 2048, **changed) -> tuple[dict[str, torch.Tensor], list[float]]:
-    """The tensors of a LoRA beside the weights, and the loss of each step."""
-    generator = torch.Generator().manual_seed(1)
-    inputs = {
-        "latents": {"samples": torch.randn(1, 4, 8, 8, generator=generator)},
-        "positive": [[torch.randn(1, 6, text, generator=generator), {}]],
-    }
-    known = inspect.signature(TrainLoraNode.execute).parameters  # older ones have fewer
-    settings = {"model": model, **inputs, **SETTINGS, **changed}
-    torch.manual_seed(0)  # of the timestep, and of the factors that are not zero at first
-    lora, losses, _ = TrainLoraNode.execute(**{name: [value] for name, value in settings.items() if name in known}).args
-    return lora, losses["loss"]
-
-
+RANK = SETTINGS["rank"]
 START = "start_0_steps_.safetensors"
 RATE = 1e6  # so large that what a step adds, the gradients, is all that counts
 LAYERS = ("double_layers.0", "single_layers.0", "single_layers.1")
@@ -103,7 +66,7 @@ def start(file, loras):
 @pytest.mark.parametrize("gradient_checkpointing", [True, False], ids=["again", "kept"])
 def test_gradients_are_those_of_the_dense_twin(file, start, gradient_checkpointing, training_dtype, bypass_mode):
     settings = {"existing_lora": START, "learning_rate": RATE, "training_dtype": training_dtype}
-    settings |= {"gradient_checkpointing": gradient_checkpointing, "bypass_mode": bypass_mode, "text": TEXT}
+    settings |= {"gradient_checkpointing": gradient_checkpointing, "bypass_mode": bypass_mode}
     with torch.inference_mode(False):  # older nodes train the weights that they are given
         packed, losses = train(load_small(file), **settings)
         dense, expected = train(load_small_dense(file), **settings)
@@ -117,7 +80,7 @@ def test_gradients_are_those_of_the_dense_twin(file, start, gradient_checkpointi
 
 
 def test_a_trained_lora_is_that_of_the_dense_twin_and_works_in_every_loader(loras, tmp_path, monkeypatch):
-    path, settings = small_gguf("Q4_0"), {"optimizer": "AdamW", "learning_rate": 0.03, "text": TEXT}
+    path, settings = small_gguf("Q4_0"), {"optimizer": "AdamW", "learning_rate": 0.03}
     with torch.inference_mode(False):  # as above
         trained, losses = train(load_small(path), **settings)
         dense, expected = train(load_small_dense(path), **settings)

@@ -172,6 +172,12 @@ static inline void in_chunks(const float *weights, const float *moments, uint8_t
     }
 }
 
+/* The exported function of a type: blocks of so many weights and bytes, which `chunk_<name>` packs. */
+#define QUANTIZER(name, block, bytes, by_row)                                                                        \
+    API void quantize_##name(const float *x, const float *moments, uint8_t *out, int64_t rows, int64_t columns) {    \
+        in_chunks(x, moments, out, rows, columns, block, bytes, by_row, chunk_##name);                               \
+    }
+
 /* Each lane's sub-block of n weights. */
 static inline void load(const float *from, int n, floats *x) {
     for (int i = 0; i < n; i++) {

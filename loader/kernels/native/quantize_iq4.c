@@ -146,10 +146,5 @@ static void chunk_iq4_xs(const Chunk *chunk) {
     }
 }
 
-API void quantize_iq4_nl(const float *x, const float *moments, uint8_t *out, int64_t rows, int64_t columns) {
-    in_chunks(x, moments, out, rows, columns, 32, 18, false, chunk_iq4_nl);
-}
-
-API void quantize_iq4_xs(const float *x, const float *moments, uint8_t *out, int64_t rows, int64_t columns) {
-    in_chunks(x, moments, out, rows, columns, BLOCK, 136, false, chunk_iq4_xs);
-}
+QUANTIZER(iq4_nl, 32, 18, false)
+QUANTIZER(iq4_xs, BLOCK, 136, false)

@@ -240,17 +240,9 @@ static void chunk_q2_k(const Chunk *chunk) { quantize_with_offset(chunk, Q2_K, w
 static void chunk_q4_k(const Chunk *chunk) { quantize_with_offset(chunk, Q4_K, write_q4_k); }
 static void chunk_q5_k(const Chunk *chunk) { quantize_with_offset(chunk, Q5_K, write_q5_k); }
 
-API void quantize_q2_k(const float *x, const float *moments, uint8_t *out, int64_t rows, int64_t columns) {
-    in_chunks(x, moments, out, rows, columns, BLOCK, 84, false, chunk_q2_k);
-}
-
-API void quantize_q4_k(const float *x, const float *moments, uint8_t *out, int64_t rows, int64_t columns) {
-    in_chunks(x, moments, out, rows, columns, BLOCK, 144, false, chunk_q4_k);
-}
-
-API void quantize_q5_k(const float *x, const float *moments, uint8_t *out, int64_t rows, int64_t columns) {
-    in_chunks(x, moments, out, rows, columns, BLOCK, 176, false, chunk_q5_k);
-}
+QUANTIZER(q2_k, BLOCK, 84, false)
+QUANTIZER(q4_k, BLOCK, 144, false)
+QUANTIZER(q5_k, BLOCK, 176, false)
 
 /* Q3_K and Q6_K: x = d scale (q - most) */
 
@@ -373,9 +365,7 @@ static void chunk_q3_k(const Chunk *chunk) {
     }
 }
 
-API void quantize_q3_k(const float *x, const float *moments, uint8_t *out, int64_t rows, int64_t columns) {
-    in_chunks(x, moments, out, rows, columns, BLOCK, 110, false, chunk_q3_k);
-}
+QUANTIZER(q3_k, BLOCK, 110, false)
 
 /* 210 bytes: ql[128] qh[64] scales[16] d[2] */
 static void chunk_q6_k(const Chunk *chunk) {
@@ -429,6 +419,4 @@ static void chunk_q6_k(const Chunk *chunk) {
     }
 }
 
-API void quantize_q6_k(const float *x, const float *moments, uint8_t *out, int64_t rows, int64_t columns) {
-    in_chunks(x, moments, out, rows, columns, BLOCK, 210, false, chunk_q6_k);
-}
+QUANTIZER(q6_k, BLOCK, 210, false)

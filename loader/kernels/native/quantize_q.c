@@ -205,23 +205,8 @@ static void chunk_q8_0(const Chunk *chunk) {
     }
 }
 
-API void quantize_q4_0(const float *x, const float *moments, uint8_t *out, int64_t rows, int64_t columns) {
-    in_chunks(x, moments, out, rows, columns, BLOCK, 18, true, chunk_q4_0);
-}
-
-API void quantize_q4_1(const float *x, const float *moments, uint8_t *out, int64_t rows, int64_t columns) {
-    in_chunks(x, moments, out, rows, columns, BLOCK, 20, true, chunk_q4_1);
-}
-
-API void quantize_q5_0(const float *x, const float *moments, uint8_t *out, int64_t rows, int64_t columns) {
-    in_chunks(x, moments, out, rows, columns, BLOCK, 22, true, chunk_q5_0);
-}
-
-API void quantize_q5_1(const float *x, const float *moments, uint8_t *out, int64_t rows, int64_t columns) {
-    in_chunks(x, moments, out, rows, columns, BLOCK, 24, true, chunk_q5_1);
-}
-
-API void quantize_q8_0(const float *x, const float *moments, uint8_t *out, int64_t rows, int64_t columns) {
-    (void)moments;
-    in_chunks(x, NULL, out, rows, columns, BLOCK, 34, false, chunk_q8_0);
-}
+QUANTIZER(q4_0, BLOCK, 18, true)
+QUANTIZER(q4_1, BLOCK, 20, true)
+QUANTIZER(q5_0, BLOCK, 22, true)
+QUANTIZER(q5_1, BLOCK, 24, true)
+QUANTIZER(q8_0, BLOCK, 34, false)

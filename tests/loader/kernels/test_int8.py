@@ -61,13 +61,13 @@ def test_norms(monkeypatch):
 def test_which_channels_are_smoothed():
     """By the root of what their activations and weights differ by, beside the median's, in powers of two."""
     ones = torch.ones(16)
-    assert int8.smoothing(ones, ones) is None
-    assert int8.smoothing(3 * ones, 5 * ones) is None
+    assert int8.smoothing_of(ones, ones) is None
+    assert int8.smoothing_of(3 * ones, 5 * ones) is None
     outputs, inputs = ones.clone(), ones.clone()
     outputs[:4] = torch.tensor([4.0, 16.0, 256.0, 2.0**60])
     inputs[1], inputs[5], inputs[6] = 1 / 16, 1 / 4, 0
     expected = torch.tensor([1.0, 16.0, 16.0, 4096.0, 1.0, 1.0, 4096.0] + 9 * [1.0])
-    assert torch.equal(int8.smoothing(outputs, inputs), expected)
+    assert torch.equal(int8.smoothing_of(outputs, inputs), expected)
     assert torch.equal(int8.smoothed(expected[None].half(), expected), torch.ones(1, 16, dtype=torch.float16))
 
 
