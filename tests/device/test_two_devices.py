@@ -15,14 +15,15 @@ from .host_on_device import device_memory
 from .pictures import picture, picture_with_lora
 from .simulated import accelerator
 
-if importlib.util.find_spec("comfy_extras.nodes_multigpu") is None:
-    pytest.skip("this ComfyUI has no node for two devices", allow_module_level=True)
-
-from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("comfy_extras.nodes_multigpu") is None, reason="this ComfyUI has no node for two devices"
+)
 
 
 @pytest.mark.parametrize(("patcher", "mode"), [("static", "full"), ("static", "lowvram"), ("dynamic", "full")])
 def test_two_devices_give_the_picture_of_one(expected, patcher, mode):
+    from comfy_extras.nodes_multigpu import MultiGPUCFGSplitNode
+
     with dynamic_vram() if patcher == "dynamic" else contextlib.nullcontext():
         model = load_small(small_gguf("Q4_0"))
         with device_memory(management, model, mode):
