@@ -167,7 +167,7 @@ TEMPLATES = (
     ),
     Template(
         "text_to_image_lora",
-        "AuraFlow text to image with LoRA",
+        "AuraFlow with a LoRA",
         _text_to_image(lora=True),
         f"{_FILES}\n- LoRA: `models/loras`\n\nThe LoRA's node says how many of its modules were found. Chain several "
         "to stack them.",
@@ -180,7 +180,7 @@ TEMPLATES = (
     ),
     Template(
         "image_to_image",
-        "AuraFlow text to image over an image",
+        "AuraFlow variation of an image",
         {
             "loader": _loader(),
             "sampling": _shift("loader"),
