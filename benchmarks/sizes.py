@@ -9,6 +9,7 @@ import comfy.sd
 import torch
 
 from ..loader.comfyui.model import load_model
+from ..loader.kernels.processor import multiplies_bfloat16
 from ..tests.host.aura_files import dense_state_dict, make_gguf
 from ..tests.host.forward import forward, sampler_options
 from .measure import side_by_side
@@ -28,7 +29,7 @@ def measure(pairs: int, types: tuple[str, ...]) -> list[dict]:
     rows = []
     device = comfy.model_management.get_torch_device()
     weights = dense_state_dict(make_gguf("Q4_0"))  # how fast dense weights are does not depend on their values
-    for dtype in (torch.float32, torch.bfloat16) if _multiplies_bfloat16() else (torch.float32,):
+    for dtype in (torch.float32, torch.bfloat16) if torch.cuda.is_available() or multiplies_bfloat16() else (torch.float32,):
         dense = comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options={"dtype": dtype})
         dense.patch_model(device)
         for type_name in types:
@@ -48,9 +49,3 @@ def _ratio(dense, packed, setting: dict, pairs: int):
     return side_by_side(
         lambda: forward(dense, **setting), lambda: forward(packed, **setting, options=options), max(2, pairs)
     )
-
-
-def _multiplies_bfloat16() -> bool:
-    """Whether the CPU has products of bfloat16 (AMX, AVX-512 BF16), or there is a GPU."""
-    names = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
-    return torch.cuda.is_available() or any(getattr(torch.cpu, name, bool)() for name in names)

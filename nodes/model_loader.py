@@ -42,7 +42,8 @@ class AuraFlowGGUFLoader(io.ComfyNode):
                     advanced=True,
                     tooltip=(
                         "What the model computes in. auto is what ComfyUI would choose for the same model in "
-                        "16 bit. It does not change how much memory the weights take."
+                        "16 bit, and bfloat16 on a CPU that multiplies it in hardware. It does not change how much "
+                        "memory the weights take."
                     ),
                 ),
                 io.Boolean.Input(

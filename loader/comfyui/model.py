@@ -9,10 +9,12 @@ import os
 import comfy.model_management
 import comfy.sd
 import torch
+from comfy.cli_args import args
 
 from ..files.auraflow import AURAFLOW
 from ..files.gguf_file import GGUFFile
 from ..files.matching import Match
+from ..kernels.processor import multiplies_bfloat16
 from ..weights.state_dict import log_skipped, open_checked, sizes_by_type, state_dict
 from . import int8, modulation
 from .file_reader import readable
@@ -40,7 +42,8 @@ def load_model(
 
     Args:
         path: a GGUF file, in any spelling and of any quantization types.
-        compute_dtype: what the model computes in; None leaves the choice to ComfyUI.
+        compute_dtype: what the model computes in; None leaves the choice to ComfyUI, but on a CPU that multiplies
+            bfloat16, where ComfyUI takes float32.
         modulation_cache: keep modulation, a third of the weights, off the device (modulation.py).
         matrix_mult: one of `MATRIX_MULT`: exact products of the compute type, or products of int8 in the layers
             (int8.py), which stay exact where the device has none; the log says so.
@@ -58,7 +61,7 @@ def load_model(
         raise ValueError(f"found matrix_mult {matrix_mult!r}, expected one of {', '.join(MATRIX_MULT)}")
     file, matched = open_checked(path, AURAFLOW)
     log_skipped(matched, file.path)
-    dtype = compute_dtype or _compute_dtype(matched)
+    dtype = compute_dtype or _chosen_dtype(matched)
     patcher = comfy.sd.load_diffusion_model_state_dict(
         readable(state_dict(file, matched, dtype), file, matched, disable_dynamic),
         model_options={"dtype": dtype, "custom_operations": GGUFOps},
@@ -84,13 +87,18 @@ def load_model(
     return patcher
 
 
-def _compute_dtype(matched: Match) -> torch.dtype:
-    """ComfyUI's own choice for a model of this size on its device."""
+def _chosen_dtype(matched: Match) -> torch.dtype:
+    """ComfyUI's own choice for a model of this size on its device; on CPUs that multiply bfloat16, that."""
     management = comfy.model_management
     device = management.get_torch_device()
     parameters = sum(torch.Size(source.shape).numel() for source in matched.weights.values())
     dtype = management.unet_dtype(device, model_params=parameters, supported_dtypes=list(COMPUTE_DTYPES))
-    return management.unet_manual_cast(dtype, device, list(COMPUTE_DTYPES)) or dtype
+    dtype = management.unet_manual_cast(dtype, device, list(COMPUTE_DTYPES)) or dtype
+    asked_for = args.fp32_unet or args.force_fp32
+    if device.type == "cpu" and dtype == torch.float32 and not asked_for and multiplies_bfloat16():
+        logger.info("This CPU multiplies bfloat16 in hardware, which takes less time; compute_dtype float32 is exact.")
+        return torch.bfloat16
+    return dtype
 
 
 def _summary(file: GGUFFile, matched: Match, dtype: torch.dtype) -> str:

@@ -21,7 +21,7 @@ import functools
 import torch
 
 from ..quant_types import QuantType
-from . import cpu, dequantize, gpu, native
+from . import cpu, dequantize, gpu, native, processor
 
 GROUP = 256
 """Neighbours that are rotated together: a row is a whole number of groups."""
@@ -76,16 +76,11 @@ def can_be_int8(quant_type: QuantType, columns: int) -> bool:
 
 def refused_by_cpu() -> str | None:
     """Why int8 products would be slower than float32 ones on this CPU, or None."""
-    if not _has_int8_products():
+    if not processor.multiplies_int8():
         return "the CPU has no int8 products (AMX or AVX-512 VNNI)"
     if _rotate_in_c() is None:
         return "the C for CPUs is not compiled: run `python cli.py compile` in the pack's folder, and restart ComfyUI"
     return None
-
-
-def _has_int8_products() -> bool:
-    names = ("_is_amx_tile_supported", "_is_vnni_supported")  # AVX-512's VNNI; older versions of torch lack some
-    return hasattr(torch, "_int_mm") and any(getattr(torch.cpu, name, bool)() for name in names)
 
 
 def refused_by_gpu(device: torch.device) -> str | None:
@@ -205,7 +200,7 @@ def linear_on_cpu(
     Returns:
         ``(…, out_features)`` in ``input``'s dtype.
     """
-    in_float = not _has_int8_products()
+    in_float = not processor.multiplies_int8()
     x = smoothed(input.reshape(-1, input.shape[-1]).float(), smoothing)
     x = rotated(x)
     x_scales = scales_of(x)

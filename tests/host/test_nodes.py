@@ -5,11 +5,13 @@ import inspect
 import os
 import shutil
 
+import comfy.model_management
 import folder_paths
 import pytest
 import torch
 from auraflow_gguf import comfy_entrypoint
 from auraflow_gguf.devtools import random_models
+from auraflow_gguf.loader.comfyui import model as model_module
 from auraflow_gguf.loader.files.errors import ModelFileError
 from auraflow_gguf.nodes.folders import register_gguf_folders
 
@@ -44,6 +46,21 @@ def models(pack_nodes, tmp_path, monkeypatch):
 
 
 NAME = os.path.join("pony", "v7.gguf")
+
+
+@pytest.mark.skipif(comfy.model_management.cpu_state != comfy.model_management.CPUState.CPU, reason="This is a GPU.")
+@pytest.mark.parametrize(
+    ("multiplies", "flag", "expected"),
+    [(False, None, torch.float32), (True, None, torch.bfloat16), (True, "fp32_unet", torch.float32)],
+)
+def test_auto_is_bfloat16_where_the_cpu_multiplies_it(pack_nodes, models, caplog, monkeypatch, multiplies, flag, expected):
+    monkeypatch.setattr(model_module, "multiplies_bfloat16", lambda: multiplies)
+    if flag:
+        monkeypatch.setattr(model_module.args, flag, True)
+    with caplog.at_level("INFO"):
+        (model,) = pack_nodes["AuraFlowGGUFLoader"].execute(NAME).result
+    assert model.model.get_dtype_inference() == expected
+    assert ("compute_dtype float32" in caplog.text) == (expected == torch.bfloat16)
 
 
 def test_files_of_all_folders_are_listed_and_those_of_other_packs_kept(pack_nodes, models):

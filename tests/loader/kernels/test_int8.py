@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from auraflow_gguf.loader.kernels import int8, native
+from auraflow_gguf.loader.kernels import int8, native, processor
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from comfy_kitchen.backends.eager.quantization import quantize_int8_convrot_weight, quantize_int8_rowwise
 from comfy_kitchen.tensor.int8_utils import _build_hadamard
@@ -103,7 +103,7 @@ def test_rows_of_zeros_and_of_nan():
 @pytest.mark.parametrize("has_int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_product_is_that_of_the_integers(monkeypatch, has_int8, dtype, smoothing):
-    monkeypatch.setattr(int8, "_has_int8_products", lambda: has_int8)
+    monkeypatch.setattr(processor, "multiplies_int8", lambda: has_int8)
     packed, quant_type = rows_of("Q4_K"), QUANT_TYPES["Q4_K"]
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(2, 13, COLUMNS, generator=generator).to(dtype)
@@ -121,13 +121,9 @@ def test_the_product_is_that_of_the_integers(monkeypatch, has_int8, dtype, smoot
 
 def test_what_a_cpu_says_of_itself(monkeypatch):
     monkeypatch.setattr(int8, "_rotate_in_c", lambda: print)
-    for name in ("_is_amx_tile_supported", "_is_vnni_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False, raising=False)
+    monkeypatch.setattr(processor, "multiplies_int8", lambda: False)
     assert "no int8 products" in int8.refused_by_cpu()
-    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True, raising=False)
+    monkeypatch.setattr(processor, "multiplies_int8", lambda: True)
     assert int8.refused_by_cpu() is None
     monkeypatch.setattr(int8, "_rotate_in_c", lambda: None)
     assert "cli.py compile" in int8.refused_by_cpu()
-    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported")
-    monkeypatch.delattr(torch.cpu, "_is_vnni_supported")
-    assert "no int8 products" in int8.refused_by_cpu()
