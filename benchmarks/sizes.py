@@ -29,7 +29,8 @@ def measure(pairs: int, types: tuple[str, ...]) -> list[dict]:
     rows = []
     device = comfy.model_management.get_torch_device()
     weights = dense_state_dict(make_gguf("Q4_0"))  # how fast dense weights are does not depend on their values
-    for dtype in (torch.float32, torch.bfloat16) if torch.cuda.is_available() or multiplies_bfloat16() else (torch.float32,):
+    in_bfloat16 = torch.cuda.is_available() or multiplies_bfloat16()
+    for dtype in (torch.float32, torch.bfloat16)[: 1 + in_bfloat16]:
         dense = comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options={"dtype": dtype})
         dense.patch_model(device)
         for type_name in types:

@@ -53,7 +53,7 @@ NAME = os.path.join("pony", "v7.gguf")
     ("multiplies", "flag", "expected"),
     [(False, None, torch.float32), (True, None, torch.bfloat16), (True, "fp32_unet", torch.float32)],
 )
-def test_auto_is_bfloat16_where_the_cpu_multiplies_it(pack_nodes, models, caplog, monkeypatch, multiplies, flag, expected):
+def test_auto_on_a_cpu_that_multiplies_bfloat16(pack_nodes, models, caplog, monkeypatch, multiplies, flag, expected):
     monkeypatch.setattr(model_module, "multiplies_bfloat16", lambda: multiplies)
     if flag:
         monkeypatch.setattr(model_module.args, flag, True)
