@@ -73,7 +73,8 @@ def threads(request):
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(cpu, "TILE_BYTES", 5 * COLUMNS * 4)
+    for name in ("TILE_BYTES", "PRODUCT_TILE_BYTES"):
+        monkeypatch.setattr(cpu, name, 5 * COLUMNS * 4)
 
 
 @pytest.mark.usefixtures("small_tiles")
