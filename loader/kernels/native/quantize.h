@@ -68,6 +68,21 @@ static inline floats chosen(ints mask, floats first, floats second) {
     return (floats)((mask & (ints)first) | (~mask & (ints)second));
 }
 
+/* the first where it is less than the second, elsewhere the second: one instruction, by which compilers know it */
+static inline floats lesser(floats first, floats second) {
+    for (int lane = 0; lane < LANES; lane++) {
+        first[lane] = first[lane] < second[lane] ? first[lane] : second[lane];
+    }
+    return first;
+}
+
+static inline floats greater(floats first, floats second) {
+    for (int lane = 0; lane < LANES; lane++) {
+        first[lane] = first[lane] > second[lane] ? first[lane] : second[lane];
+    }
+    return first;
+}
+
 static inline bool any(ints mask) {
     bool found = false;
     for (int lane = 0; lane < LANES; lane++) {

@@ -37,8 +37,8 @@ static inline void extremes(const float *x, float *low, float *high) {
             floats least = loaded(x + BLOCK * block), most = least;
             for (int i = LANES; i < BLOCK; i += LANES) {
                 const floats next = loaded(x + BLOCK * block + i);
-                least = chosen(next < least, next, least);
-                most = chosen(next > most, next, most);
+                least = lesser(next, least);
+                most = greater(next, most);
             }
             store(lows + LANES * block, least);
             store(highs + LANES * block, most);
@@ -47,8 +47,8 @@ static inline void extremes(const float *x, float *low, float *high) {
         load(lows, LANES, least);
         load(highs, LANES, most);
         for (int i = 1; i < LANES; i++) {
-            least[0] = chosen(least[i] < least[0], least[i], least[0]);
-            most[0] = chosen(most[i] > most[0], most[i], most[0]);
+            least[0] = lesser(least[i], least[0]);
+            most[0] = greater(most[i], most[0]);
         }
         store(low + at, least[0]);
         store(high + at, most[0]);
