@@ -24,7 +24,9 @@
 #endif
 #define PARTS (16 / LANES)
 
-#if defined(__clang__)
+#if defined(PLAIN)
+#define UNROLLED
+#elif defined(__clang__)
 #define UNROLLED _Pragma("clang loop unroll(full)")
 #else
 #define UNROLLED _Pragma("GCC unroll 16")
@@ -36,7 +38,6 @@ typedef int8_t SignedBytes __attribute__((vector_size(16)));
 typedef uint32_t Words __attribute__((vector_size(16)));
 typedef uint64_t Halves __attribute__((vector_size(16)));
 typedef float FloatLanes __attribute__((vector_size(4 * LANES)));
-typedef int32_t IntLanes __attribute__((vector_size(4 * LANES)));
 typedef uint32_t WordLanes __attribute__((vector_size(4 * LANES)));
 typedef struct {
     FloatLanes part[PARTS];

@@ -26,6 +26,7 @@ INLINE uint32_t even_signs(uint32_t word) {
 /* 66 bytes: d[2], then for 32 weights index[4] and 32 bits: 4 × 7 of signs, s; x = d (s + 1/2) / 4 · ±g */
 INLINE void unpack_iq2_xxs(const uint8_t *block, void *restrict out, enum format format, const int8_t *grid) {
     const float d = scale_at(block);
+    UNROLLED
     for (int i = 0; i < 8; i++) {
         const uint8_t *qs = block + 2 + 8 * i;
         const uint32_t word = word_at(qs + 4), signs = even_signs(word);
@@ -39,6 +40,7 @@ GRID_DEQUANTIZERS(iq2_xxs, 66)
 /* 74 bytes: d[2], 16 bits for 8 weights: 9 of index, 7 of signs; scales[8]; x = d (s + 1/2) / 4 · ±g, groups of 16 */
 INLINE void unpack_iq2_xs(const uint8_t *block, void *restrict out, enum format format, const int8_t *grid) {
     const float d = scale_at(block);
+    UNROLLED
     for (int i = 0; i < 16; i++) {
         const uint32_t word = word_at(block + 2 + 4 * i), s = block[66 + i / 2] >> 4 * (i % 2) & 15;
         const uint32_t signs = even_signs((word >> 9 & 127) | (word >> 25) << 7);
@@ -51,6 +53,7 @@ GRID_DEQUANTIZERS(iq2_xs, 74)
 /* 82 bytes: d[2] qs[32] signs[32] qh[8] scales[8]; x = d (s + 1/2) / 4 · ±g, groups of 16 */
 INLINE void unpack_iq2_s(const uint8_t *block, void *restrict out, enum format format, const int8_t *grid) {
     const float d = scale_at(block);
+    UNROLLED
     for (int i = 0; i < 16; i++) {
         const uint32_t s = block[74 + i / 2] >> 4 * (i % 2) & 15, qh = block[66 + i / 2] >> 4 * (i % 2);
         const Floats g = eights(grid, block[2 + 2 * i] | (qh & 3) << 8, block[3 + 2 * i] | (qh >> 2 & 3) << 8);
@@ -63,6 +66,7 @@ GRID_DEQUANTIZERS(iq2_s, 82)
 /* 98 bytes: d[2] qs[64], then for 32 weights 32 bits as in IQ2_XXS; x = d (s + 1/2) / 2 · ±g */
 INLINE void unpack_iq3_xxs(const uint8_t *block, void *restrict out, enum format format, const int8_t *grid) {
     const float d = scale_at(block);
+    UNROLLED
     for (int i = 0; i < 16; i++) {
         const uint8_t *qs = block + 2 + 4 * i;
         const uint32_t word = word_at(block + 66 + 4 * (i / 2)), signs = even_signs(word);
@@ -76,6 +80,7 @@ GRID_DEQUANTIZERS(iq3_xxs, 98)
 /* 110 bytes: d[2] qs[64] qh[8] signs[32] scales[4]; x = d (2 s + 1) · ±g, groups of 32 */
 INLINE void unpack_iq3_s(const uint8_t *block, void *restrict out, enum format format, const int8_t *grid) {
     const float d = scale_at(block);
+    UNROLLED
     for (int i = 0; i < 16; i++) {
         const uint8_t *qs = block + 2 + 4 * i;
         const uint32_t qh = (uint32_t)block[66 + i / 2] >> 4 * (i % 2);
@@ -101,6 +106,7 @@ INLINE Floats moved(const int8_t *grid, uint32_t first, uint32_t second, uint32_
 /* 50 bytes: d[2] qs[32], 16 bits for 32 weights: 4 × 3 of index, s, sign; x = d (2 s + 1) (g ± 1/8) */
 INLINE void unpack_iq1_s(const uint8_t *block, void *restrict out, enum format format, const int8_t *grid) {
     const float d = scale_at(block);
+    UNROLLED
     for (int i = 0; i < 16; i++) {
         const uint32_t qh = half_word_at(block + 34 + 2 * (i / 2)), high = qh >> 6 * (i % 2);
         const uint32_t first = block[2 + 2 * i] | (high & 7) << 8, second = block[3 + 2 * i] | (high >> 3 & 7) << 8;
@@ -115,6 +121,7 @@ INLINE void unpack_iq1_m(const uint8_t *block, void *restrict out, enum format f
     const uint8_t *scales = block + 48;
     const uint8_t d_bytes[2] = {scales[1] >> 4 | (scales[3] & 0xf0), scales[5] >> 4 | (scales[7] & 0xf0)};
     const float d = scale_at(d_bytes);
+    UNROLLED
     for (int i = 0; i < 16; i++) {
         const uint32_t qh = block[32 + i], s = half_word_at(scales + 2 * (i / 4)) >> 3 * (i % 4) & 7;
         const uint32_t first = block[2 * i] | (qh & 7) << 8, second = block[2 * i + 1] | (qh >> 4 & 7) << 8;
