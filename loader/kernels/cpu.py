@@ -1,9 +1,9 @@
 """The matrix product on a CPU: every thread takes tiles of rows, dequantizes and multiplies them for itself.
 
 A dense copy of a whole weight costs more in page faults than its dequantization; a tile that is made once and kept
-costs none. Threads that share no product do not wait for each other at its end either, as torch's do. libgguf
-dequantizes where it is installed, our own C where that is faster and there is a compiler for it, torch where there is
-neither: the same numbers.
+costs none. Threads that share no product do not wait for each other at its end either, as torch's do. Our own C
+dequantizes where it is compiled, straight into the dtype of the product; else libgguf does where it is installed, or
+torch: the same numbers.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ except ImportError:
     threadpool_limits = None
 
 from ..quant_types import STORED_DTYPES, QuantType
+from ..quant_types.grids import grid
 from . import native
 
-# Bytes of a thread's float32 tile that is only passed on: small enough for its core's cache.
+# Bytes of a thread's tile that is only passed on: small enough for its core's cache.
 TILE_BYTES = 4 * 2**20
 
 # Bytes of one that is multiplied. Each product takes its input apart anew: the fewer rows a tile has, the more often.
@@ -34,8 +35,14 @@ TILE_BYTES = 4 * 2**20
 PRODUCT_TILE_BYTES = 24 * 2**20
 ALL_PRODUCT_TILES_BYTES = 128 * 2**20  # of all threads
 
-# What is faster in our own C than in libgguf.
-IN_C = ("Q5_0", "Q5_1", "Q6_K", "IQ4_NL", "IQ4_XS")
+# Which source has a type, and what its functions' names end in for a dtype.
+IN_C = {
+    **dict.fromkeys(("Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"), "dequantize_q.c"),
+    **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), "dequantize_k.c"),
+    **dict.fromkeys(("IQ4_NL", "IQ4_XS", "MXFP4", "NVFP4"), "dequantize_values.c"),
+    **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "dequantize_iq.c"),
+}
+SUFFIXES = {torch.float32: "", torch.bfloat16: "_bf16", torch.float16: "_f16"}
 
 _local = threading.local()
 _lock = threading.Lock()
@@ -61,9 +68,9 @@ def linear(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bia
     out = x.new_empty(x.shape[0], rows)
 
     def multiply(start: int, stop: int, weights: torch.Tensor) -> None:
-        torch.mm(x, weights.to(x.dtype).t(), out=out[:, start:stop])
+        torch.mm(x, weights.t(), out=out[:, start:stop])
 
-    in_dequantized_tiles(multiply, packed, quant_type, _product_tile_bytes())
+    in_dequantized_tiles(multiply, packed, quant_type, x.dtype, _product_tile_bytes())
     if bias is not None:
         out += bias
     return out.view(*input.shape[:-1], rows)
@@ -86,14 +93,14 @@ def input_gradient(gradient: torch.Tensor, packed: torch.Tensor, quant_type: Qua
     columns = blocks * size
     g = gradient.reshape(-1, rows)
     out = g.new_empty(g.shape[0], columns)
-    dequantize_into = row_dequantizer(quant_type)
+    dequantize_into = row_dequantizer(quant_type, g.dtype)
 
     def multiply(start: int, stop: int) -> None:  # some blocks of every row: no two tiles add to the same numbers
-        weights = _tile(rows * (stop - start) * size).view(rows, -1)
+        weights = _tile(rows * (stop - start) * size, g.dtype).view(rows, -1)
         dequantize_into(packed[:, start * nbytes : stop * nbytes].contiguous(), weights)
-        torch.mm(g, weights.to(g.dtype), out=out[:, start * size : stop * size])
+        torch.mm(g, weights, out=out[:, start * size : stop * size])
 
-    in_tiles(multiply, blocks, _product_tile_bytes() // (4 * rows * size))
+    in_tiles(multiply, blocks, _product_tile_bytes() // (g.dtype.itemsize * rows * size))
     return out.view(*gradient.shape[:-1], columns)
 
 
@@ -112,21 +119,31 @@ def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) 
     rows = packed.shape[0]
     columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
     out = _in_large_pages(rows, columns, dtype)
+    dequantize_into = row_dequantizer(quant_type, dtype)
 
-    def unpack(start: int, stop: int, tile: torch.Tensor) -> None:
-        out[start:stop] = tile
+    def unpack(start: int, stop: int) -> None:
+        dequantize_into(packed[start:stop], out[start:stop])
 
-    in_dequantized_tiles(unpack, packed, quant_type)
+    in_tiles(unpack, rows, TILE_BYTES // (4 * columns))
     return out
 
 
 @functools.cache
-def row_dequantizer(quant_type: QuantType) -> Callable[[torch.Tensor, torch.Tensor], None]:
-    """The fastest ``(packed rows uint8, float32 rows) -> None`` for a type: in C, libgguf's, or one in torch."""
+def row_dequantizer(quant_type: QuantType, dtype: torch.dtype) -> Callable[[torch.Tensor, torch.Tensor], None]:
+    """The fastest ``(packed rows uint8, rows of dtype) -> None`` for a type: in C, libgguf's, or one in torch."""
     if stored := STORED_DTYPES.get(quant_type.name):
         return lambda packed, out: out.copy_(packed.view(stored))
-    if quant_type.name in IN_C and (in_c := native.function("dequantize.c", f"dequantize_{quant_type.name.lower()}")):
-        return lambda packed, out: in_c(packed.data_ptr(), out.data_ptr(), out.numel() // quant_type.block_size)
+    if in_c := _row_dequantizer_in_c(quant_type, dtype):
+        return in_c
+    if dtype != torch.float32:
+        into_float32 = row_dequantizer(quant_type, torch.float32)
+
+        def dequantize_and_round(packed: torch.Tensor, out: torch.Tensor) -> None:
+            values = _tile(out.numel(), torch.float32).view(out.shape)
+            into_float32(packed, values)
+            out.copy_(values)
+
+        return dequantize_and_round
     libgguf = _libgguf()
     if libgguf is None or not libgguf.row_size(quant_type.id, quant_type.block_size):
         return lambda packed, out: out.copy_(quant_type.dequantize(packed))
@@ -136,6 +153,22 @@ def row_dequantizer(quant_type: QuantType) -> Callable[[torch.Tensor, torch.Tens
         libgguf.dequantize_rows_into_raw(quant_type.id, packed.numpy(), out.numpy(), 1, out.numel())
 
     return dequantize_with_libgguf
+
+
+def _row_dequantizer_in_c(
+    quant_type: QuantType, dtype: torch.dtype
+) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+    source, suffix = IN_C.get(quant_type.name), SUFFIXES.get(dtype)
+    if source is None or suffix is None:
+        return None
+    in_c = native.function(source, f"dequantize_{quant_type.name.lower()}{suffix}")
+    if in_c is None:
+        return None
+    size = quant_type.block_size
+    if native.SOURCES[source] is not native.BLOCKS_AND_GRID:
+        return lambda packed, out: in_c(packed.data_ptr(), out.data_ptr(), out.numel() // size)
+    entries = grid("IQ1_S" if quant_type.name == "IQ1_M" else quant_type.name, torch.device("cpu"))
+    return lambda packed, out: in_c(packed.data_ptr(), out.data_ptr(), out.numel() // size, entries.data_ptr())
 
 
 @functools.cache
@@ -154,11 +187,12 @@ def _in_large_pages(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor
     return torch.from_numpy(np.empty((rows, columns * dtype.itemsize), dtype=np.uint8)).view(dtype)
 
 
-def _tile(elements: int) -> torch.Tensor:
-    """This thread's float32 buffer of at least ``elements``, made once and kept."""
-    tile = getattr(_local, "tile", None)
+def _tile(elements: int, dtype: torch.dtype) -> torch.Tensor:
+    """This thread's buffer of at least ``elements`` of a dtype, made once and kept."""
+    tiles = vars(_local).setdefault("tiles", {})
+    tile = tiles.get(dtype)
     if tile is None or tile.numel() < elements:
-        tile = _local.tile = torch.empty(elements, dtype=torch.float32)
+        tile = tiles[dtype] = torch.empty(elements, dtype=dtype)
     return tile[:elements]
 
 
@@ -170,24 +204,26 @@ def in_dequantized_tiles(
     work: Callable[[int, int, torch.Tensor], object],
     packed: torch.Tensor,
     quant_type: QuantType,
+    dtype: torch.dtype = torch.float32,
     tile_bytes: int | None = None,
 ) -> None:
     """Calls ``work(start, stop, weights)`` for tiles of rows, as `in_tiles` does.
 
     Args:
-        work: may change ``weights``, ``(stop - start, columns) float32``, which are the thread's, and not keep them.
+        work: may change ``weights``, ``(stop - start, columns)``, which are the thread's, and not keep them.
         packed: ``(rows, row_bytes) uint8``, rows contiguous.
+        dtype: of ``weights``.
         tile_bytes: of ``weights``, at most, but for a single row; None for `TILE_BYTES`.
     """
     columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
-    dequantize_into = row_dequantizer(quant_type)
+    dequantize_into = row_dequantizer(quant_type, dtype)
 
     def take(start: int, stop: int) -> None:
-        weights = _tile((stop - start) * columns).view(-1, columns)
+        weights = _tile((stop - start) * columns, dtype).view(-1, columns)
         dequantize_into(packed[start:stop], weights)
         work(start, stop, weights)
 
-    in_tiles(take, packed.shape[0], (tile_bytes or TILE_BYTES) // (4 * columns))
+    in_tiles(take, packed.shape[0], (tile_bytes or TILE_BYTES) // (dtype.itemsize * columns))
 
 
 def in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> None:

@@ -22,12 +22,17 @@ FOLDER = Path(__file__).resolve().parent
 
 # The address of what is read, that of what is written, and how many blocks, or groups, there are.
 BLOCKS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+# The same, and the address of the type's grid.
+BLOCKS_AND_GRID = (*BLOCKS, ctypes.c_void_p)
 # The address of float32 rows, that of their columns' moments or None, that of what is written, rows, columns.
 ROWS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
 
 # What the functions of each file take.
 SOURCES = {
-    "dequantize.c": BLOCKS,
+    "dequantize_iq.c": BLOCKS_AND_GRID,
+    "dequantize_k.c": BLOCKS,
+    "dequantize_q.c": BLOCKS,
+    "dequantize_values.c": BLOCKS,
     "quantize_iq4.c": ROWS,
     "quantize_k.c": ROWS,
     "quantize_q.c": ROWS,

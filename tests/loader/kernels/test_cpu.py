@@ -16,10 +16,11 @@ from auraflow_gguf.loader.kernels import cpu, native, packed_linear
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 
 from ...compiled import build_or_skip
-from ..quant_types.blocks import FLOATS, random_blocks
+from ..quant_types.blocks import FLOATS, QUANTIZED, random_blocks
 
 ROOT = Path(__file__).resolve().parents[3]
 COLUMNS = 768
+BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 ROWS = 43  # in tiles of 5 rows, the last has 3; in one for each of three threads, 13
 
 
@@ -121,7 +122,7 @@ def test_no_rows(threads):
 @pytest.mark.parametrize("name", QUANT_TYPES)
 def test_dequantizing_in_ragged_tiles(engine, threads, name):
     packed = random_rows(name)
-    for dtype, bits in ((torch.float32, torch.int32), (torch.bfloat16, torch.int16)):
+    for dtype, bits in BITS.items():
         dense = cpu.dequantize(packed, QUANT_TYPES[name], dtype)
         assert torch.equal(dense.view(bits), QUANT_TYPES[name].dequantize(packed, dtype).view(bits))
     dense.mul_(2)  # a tensor like any other
@@ -129,9 +130,41 @@ def test_dequantizing_in_ragged_tiles(engine, threads, name):
 
 @pytest.mark.parametrize("name", QUANT_TYPES)
 def test_all_engines_give_the_bits_of_the_formula(engine, name):
-    packed, rows = random_rows(name), torch.empty(ROWS, COLUMNS)
-    cpu.row_dequantizer(QUANT_TYPES[name])(packed, rows)
-    assert torch.equal(rows.view(torch.int32), QUANT_TYPES[name].dequantize(packed).view(torch.int32))
+    packed = random_rows(name)
+    for dtype, bits in BITS.items():
+        rows = torch.empty(ROWS, COLUMNS, dtype=dtype)
+        cpu.row_dequantizer(QUANT_TYPES[name], dtype)(packed, rows)
+        assert torch.equal(rows.view(bits), QUANT_TYPES[name].dequantize(packed, dtype).view(bits))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("name", ["Q8_0", "Q4_K", "IQ4_XS", "IQ3_S", "F16"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_products_in_16_bits_equal_torchs(engine, threads, dtype, name):
+    """Torch's products of the same tiles, so that sums are taken in the same order."""
+    quant_type, packed = QUANT_TYPES[name], random_rows(name)
+    x = random_input(7).mul_(1e-3).to(dtype)
+    expected = torch.empty(7, ROWS, dtype=dtype)
+
+    def multiply(start: int, stop: int) -> None:
+        torch.mm(x, quant_type.dequantize(packed[start:stop], dtype).t(), out=expected[:, start:stop])
+
+    cpu.in_tiles(multiply, ROWS, 5)
+    assert torch.equal(cpu.linear(x, packed, quant_type, None).view(torch.int16), expected.view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_in_c_there_is_no_pass_in_float32(dtype, monkeypatch):
+    build_or_skip()
+    monkeypatch.setattr(cpu, "threadpool_limits", None)  # all in this thread
+    monkeypatch.setattr(cpu, "_local", threading.local())
+    cpu.row_dequantizer.cache_clear()
+    for name in QUANTIZED:
+        packed = random_rows(name)
+        cpu.linear(random_input(2).to(dtype), packed, QUANT_TYPES[name], None)
+        cpu.input_gradient(torch.ones(2, ROWS, dtype=dtype), packed, QUANT_TYPES[name])
+        cpu.dequantize(packed, QUANT_TYPES[name], dtype)
+    assert list(cpu._local.tiles) == [dtype]
 
 
 def test_it_serves_inside_and_outside_of_inference_mode(threads):

@@ -12,7 +12,12 @@ from auraflow_gguf.loader.kernels.native import build
 
 ROOT = Path(__file__).resolve().parents[3]
 NEEDS_COMPILER = pytest.mark.skipif(build._compiler() is None, reason="no C compiler here")
-FUNCTIONS = {"dequantize.c": "dequantize_q6_k", "quantize_k.c": "quantize_q4_k", "rotate.c": "rotate_256"}
+FUNCTIONS = {
+    "dequantize_q.c": "dequantize_q5_1",
+    "dequantize_k.c": "dequantize_q6_k_bf16",
+    "quantize_k.c": "quantize_q4_k",
+    "rotate.c": "rotate_256",
+}
 CACHE = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
 
 
@@ -64,7 +69,7 @@ def test_it_compiles_once(compiled):
 def test_a_block_is_dequantized():
     block = bytes([0, 0x3C, 0, 0x40]) + (1 << 31 | 1).to_bytes(4, "little") + bytes([0x21] * 16)  # d 1, m 2
     packed, out = ctypes.create_string_buffer(block, 24), (ctypes.c_float * 32)()
-    native.function("dequantize.c", "dequantize_q5_1")(ctypes.addressof(packed), ctypes.addressof(out), 1)
+    native.function("dequantize_q.c", "dequantize_q5_1")(ctypes.addressof(packed), ctypes.addressof(out), 1)
     assert list(out) == [19] + [3] * 15 + [4] * 15 + [20]
 
 
@@ -72,7 +77,7 @@ def test_another_source_or_processor_has_another_library(tmp_path, monkeypatch):
     paths = {native.library_path(source) for source in native.SOURCES}
     monkeypatch.setattr(native, "_processor", lambda: "another")
     paths |= {native.library_path(source) for source in native.SOURCES}
-    for name in ("native.h", "quantize.h", "build.py", *native.SOURCES):
+    for name in ("native.h", "dequantize.h", "quantize.h", "build.py", *native.SOURCES):
         (tmp_path / name).write_bytes((native.FOLDER / name).read_bytes())
     (tmp_path / "native.h").open("a").write("\n")
     monkeypatch.setattr(native, "FOLDER", tmp_path)
@@ -83,10 +88,10 @@ def test_another_source_or_processor_has_another_library(tmp_path, monkeypatch):
 @NEEDS_COMPILER
 @pytest.mark.usefixtures("compiled")
 def test_the_environment_can_do_without(monkeypatch):
-    assert native.function("dequantize.c", "dequantize_q6_k")
+    assert native.function("dequantize_k.c", "dequantize_q6_k")
     native._library.cache_clear()
     monkeypatch.setenv("AURAFLOW_GGUF_NATIVE", "0")
-    assert native.function("dequantize.c", "dequantize_q6_k") is None
+    assert native.function("dequantize_k.c", "dequantize_q6_k") is None
 
 
 def test_a_library_that_does_not_load_is_left_out(folder, caplog):
