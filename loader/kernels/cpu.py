@@ -96,7 +96,7 @@ def input_gradient(gradient: torch.Tensor, packed: torch.Tensor, quant_type: Qua
     dequantize_into = row_dequantizer(quant_type, g.dtype)
 
     def multiply(start: int, stop: int) -> None:  # some blocks of every row: no two tiles add to the same numbers
-        weights = _tile(rows * (stop - start) * size, g.dtype).view(rows, -1)
+        weights = tile(rows * (stop - start) * size, g.dtype).view(rows, -1)
         dequantize_into(packed[:, start * nbytes : stop * nbytes].contiguous(), weights)
         torch.mm(g, weights, out=out[:, start * size : stop * size])
 
@@ -139,7 +139,7 @@ def row_dequantizer(quant_type: QuantType, dtype: torch.dtype) -> Callable[[torc
         into_float32 = row_dequantizer(quant_type, torch.float32)
 
         def dequantize_and_round(packed: torch.Tensor, out: torch.Tensor) -> None:
-            values = _tile(out.numel(), torch.float32).view(out.shape)
+            values = tile(out.numel(), torch.float32).view(out.shape)
             into_float32(packed, values)
             out.copy_(values)
 
@@ -187,12 +187,13 @@ def _in_large_pages(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor
     return torch.from_numpy(np.empty((rows, columns * dtype.itemsize), dtype=np.uint8)).view(dtype)
 
 
-def _tile(elements: int, dtype: torch.dtype) -> torch.Tensor:
+def tile(elements: int, dtype: torch.dtype) -> torch.Tensor:
     """This thread's buffer of at least ``elements`` of a dtype, made once and kept."""
     tiles = vars(_local).setdefault("tiles", {})
     tile = tiles.get(dtype)
     if tile is None or tile.numel() < elements:
-        tile = tiles[dtype] = torch.empty(elements, dtype=dtype)
+        with torch.inference_mode(False):  # for use in any mode
+            tile = tiles[dtype] = torch.empty(elements, dtype=dtype)
     return tile[:elements]
 
 
@@ -219,7 +220,7 @@ def in_dequantized_tiles(
     dequantize_into = row_dequantizer(quant_type, dtype)
 
     def take(start: int, stop: int) -> None:
-        weights = _tile((stop - start) * columns, dtype).view(-1, columns)
+        weights = tile((stop - start) * columns, dtype).view(-1, columns)
         dequantize_into(packed[start:stop], weights)
         work(start, stop, weights)
 

@@ -34,6 +34,9 @@ LEAST_SMOOTHED, MOST_SMOOTHED = 2, 12
 
 NORM_ROWS = 1024  # dequantized at a time
 
+# Rows of float32 that are turned while they are in a core's cache, and rows of int8 in a product of one thread.
+CACHED_ROWS, PRODUCT_ROWS = 32, 1024
+
 # Fewer rows of input cost more to turn into int8 than their product does.
 FEW_ROWS = 16
 
@@ -78,7 +81,7 @@ def refused_by_cpu() -> str | None:
     """Why int8 products would be slower than float32 ones on this CPU, or None."""
     if not processor.multiplies_int8():
         return "the CPU has no int8 products (AMX or AVX-512 VNNI)"
-    if _rotate_in_c() is None:
+    if _in_c("int8_rows") is None:
         return "the C for CPUs is not compiled: run `python cli.py compile` in the pack's folder, and restart ComfyUI"
     return None
 
@@ -141,7 +144,7 @@ def row_scales(packed: torch.Tensor, quant_type: QuantType, smoothing: torch.Ten
     scales = torch.empty(len(packed), dtype=torch.float32)
 
     def find(start: int, stop: int, rows: torch.Tensor) -> None:
-        scales[start:stop] = scales_of(_rotated_tile(rows, smoothing))
+        _find_scales(rows, smoothing, scales[start:stop])
 
     cpu.in_dequantized_tiles(find, packed, quant_type)
     return scales
@@ -172,7 +175,7 @@ def int8_weight(
     out = torch.empty(len(packed), columns, dtype=torch.int8)
 
     def turn(start: int, stop: int, rows: torch.Tensor) -> None:
-        out[start:stop] = rounded_(_rotated_tile(rows, smoothing), scales[start:stop])
+        _turn(rows, smoothing, scales[start:stop], out[start:stop])
 
     cpu.in_dequantized_tiles(turn, packed, quant_type)
     return out
@@ -201,22 +204,39 @@ def linear_on_cpu(
         ``(…, out_features)`` in ``input``'s dtype.
     """
     in_float = not processor.multiplies_int8()
-    x = smoothed(input.reshape(-1, input.shape[-1]).float(), smoothing)
-    x = rotated(x)
-    x_scales = scales_of(x)
-    x = rounded_(x, x_scales)
-    x = x if in_float else x.to(torch.int8)
-    out = input.new_empty(len(x), len(packed))
+    columns = input.shape[-1]
+    tokens, token_scales = _tokens(input.reshape(-1, columns).float().contiguous(), smoothing)
+    tokens = tokens.float() if in_float else tokens
+    out = input.new_empty(len(tokens), len(packed))
+    dequantize_into = cpu.row_dequantizer(quant_type, torch.float32)
 
-    def multiply(start: int, stop: int, rows: torch.Tensor) -> None:
-        weights = rounded_(_rotated_tile(rows, smoothing), scales[start:stop])
-        sums = x @ weights.t() if in_float else torch._int_mm(x, weights.to(torch.int8).t()).float()
-        out[:, start:stop] = sums.mul_(x_scales[:, None] * scales[start:stop])
+    def multiply(start: int, stop: int) -> None:
+        weights = cpu.tile((stop - start) * columns, torch.int8).view(-1, columns)
+        for first in range(start, stop, CACHED_ROWS):
+            last = min(first + CACHED_ROWS, stop)
+            rows = cpu.tile((last - first) * columns, torch.float32).view(-1, columns)
+            dequantize_into(packed[first:last], rows)
+            _turn(rows, smoothing, scales[first:last], weights[first - start : last - start])
+        sums = tokens @ weights.float().t() if in_float else torch._int_mm(tokens, weights.t()).float()
+        out[:, start:stop] = sums.mul_(token_scales[:, None] * scales[start:stop])
 
-    cpu.in_dequantized_tiles(multiply, packed, quant_type)
+    cpu.in_tiles(multiply, len(packed), PRODUCT_ROWS)
     if bias is not None:
         out += bias
     return out.view(*input.shape[:-1], len(packed))
+
+
+def _tokens(input: torch.Tensor, smoothing: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(tokens, columns) float32`` in int8, with the scale of each."""
+    inverse = None if smoothing is None else smoothing.reciprocal()
+    tokens, scales = torch.empty(input.shape, dtype=torch.int8), torch.empty(len(input))
+
+    def turn(start: int, stop: int) -> None:
+        _find_scales(input[start:stop], inverse, scales[start:stop])
+        _turn(input[start:stop], inverse, scales[start:stop], tokens[start:stop])
+
+    cpu.in_tiles(turn, len(input), CACHED_ROWS)
+    return tokens, scales
 
 
 def smoothed(input: torch.Tensor, smoothing: torch.Tensor | None) -> torch.Tensor:
@@ -224,17 +244,26 @@ def smoothed(input: torch.Tensor, smoothing: torch.Tensor | None) -> torch.Tenso
     return input if smoothing is None else input * smoothing.reciprocal().to(input.dtype)
 
 
-def _rotated_tile(rows: torch.Tensor, smoothing: torch.Tensor | None) -> torch.Tensor:
-    """`rotated`, smoothed before, in the tile's own memory where there is C for it."""
-    if smoothing is not None:
-        rows *= smoothing
-    in_c = _rotate_in_c()
-    if in_c is None:
-        return rotated(rows)
-    in_c(rows.data_ptr(), rows.data_ptr(), rows.numel() // GROUP)
-    return rows
+def _find_scales(rows: torch.Tensor, factors: torch.Tensor | None, scales: torch.Tensor) -> None:
+    """Write the scale of each of ``(rows, columns) float32``, its columns times ``factors``, and rotated."""
+    if in_c := _in_c("int8_scales"):
+        in_c(rows.data_ptr(), None, _address(factors), scales.data_ptr(), *rows.shape)
+    else:
+        scales.copy_(scales_of(rotated(rows if factors is None else rows * factors)))
+
+
+def _turn(rows: torch.Tensor, factors: torch.Tensor | None, scales: torch.Tensor, out: torch.Tensor) -> None:
+    """Write the same rows in steps of their scales into ``(rows, columns) int8``."""
+    if in_c := _in_c("int8_rows"):
+        in_c(rows.data_ptr(), out.data_ptr(), _address(factors), scales.data_ptr(), *rows.shape)
+    else:
+        out.copy_(rounded_(rotated(rows if factors is None else rows * factors), scales))
+
+
+def _address(values: torch.Tensor | None) -> int | None:
+    return None if values is None else values.data_ptr()
 
 
 @functools.cache
-def _rotate_in_c() -> native.Function | None:
-    return native.function("rotate.c", "rotate_256")
+def _in_c(name: str) -> native.Function | None:
+    return native.function("int8.c", name)

@@ -40,7 +40,7 @@ def _in_c():
     if build._compiler():
         build.build()
     native._library.cache_clear()
-    kernels._rotate_in_c.cache_clear()
+    kernels._in_c.cache_clear()
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,8 @@ BLOCKS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 BLOCKS_AND_GRID = (*BLOCKS, ctypes.c_void_p)
 # The address of float32 rows, that of their columns' moments or None, that of what is written, rows, columns.
 ROWS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
+# The addresses of float32 rows, of what is written, of their columns' factors or None, of their scales; rows, columns.
+INT8_ROWS = (*(ctypes.c_void_p,) * 4, ctypes.c_int64, ctypes.c_int64)
 
 # What the functions of each file take.
 SOURCES = {
@@ -33,10 +35,10 @@ SOURCES = {
     "dequantize_k.c": BLOCKS,
     "dequantize_q.c": BLOCKS,
     "dequantize_values.c": BLOCKS,
+    "int8.c": INT8_ROWS,
     "quantize_iq4.c": ROWS,
     "quantize_k.c": ROWS,
     "quantize_q.c": ROWS,
-    "rotate.c": BLOCKS,
 }
 
 Function = Callable[..., None]

@@ -24,9 +24,9 @@ def engine(request, monkeypatch):
         build_or_skip()
     else:
         monkeypatch.setattr(native, "function", lambda source, name: None)
-    int8._rotate_in_c.cache_clear()
+    int8._in_c.cache_clear()
     yield request.param
-    int8._rotate_in_c.cache_clear()
+    int8._in_c.cache_clear()
     native._library.cache_clear()
 
 
@@ -73,7 +73,7 @@ def test_which_channels_are_smoothed():
 
 @pytest.mark.parametrize("name", TYPES)
 def test_scales_and_weights(engine, name):
-    assert (int8._rotate_in_c() is not None) == (engine == "c")
+    assert (int8._in_c("int8_rows") is not None) == (engine == "c")
     packed, quant_type = rows_of(name), QUANT_TYPES[name]
     expected = int8.rotated(quant_type.dequantize(packed))
     scales = int8.row_scales(packed, quant_type)
@@ -89,7 +89,7 @@ def test_scales_and_weights(engine, name):
     assert (weight.int() - kitchen.int()).abs().max() <= 1
 
 
-def test_rows_of_zeros_and_of_nan():
+def test_rows_of_zeros_and_of_nan(engine):
     packed = torch.zeros(3, QUANT_TYPES["Q8_0"].row_bytes(COLUMNS), dtype=torch.uint8)
     packed[2, :2] = 255  # a scale that is NaN
     scales = int8.row_scales(packed, QUANT_TYPES["Q8_0"])
@@ -102,7 +102,9 @@ def test_rows_of_zeros_and_of_nan():
 @pytest.mark.parametrize("smoothing", [None, SMOOTHING], ids=["as they are", "smoothed"])
 @pytest.mark.parametrize("has_int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_product_is_that_of_the_integers(monkeypatch, has_int8, dtype, smoothing):
+def test_the_product_is_that_of_the_integers(engine, monkeypatch, has_int8, dtype, smoothing):
+    monkeypatch.setattr(int8, "CACHED_ROWS", 5)
+    monkeypatch.setattr(int8, "PRODUCT_ROWS", 12)
     monkeypatch.setattr(processor, "multiplies_int8", lambda: has_int8)
     packed, quant_type = rows_of("Q4_K"), QUANT_TYPES["Q4_K"]
     generator = torch.Generator().manual_seed(0)
@@ -120,10 +122,10 @@ def test_the_product_is_that_of_the_integers(monkeypatch, has_int8, dtype, smoot
 
 
 def test_what_a_cpu_says_of_itself(monkeypatch):
-    monkeypatch.setattr(int8, "_rotate_in_c", lambda: print)
+    monkeypatch.setattr(int8, "_in_c", lambda name: print)
     monkeypatch.setattr(processor, "multiplies_int8", lambda: False)
     assert "no int8 products" in int8.refused_by_cpu()
     monkeypatch.setattr(processor, "multiplies_int8", lambda: True)
     assert int8.refused_by_cpu() is None
-    monkeypatch.setattr(int8, "_rotate_in_c", lambda: None)
+    monkeypatch.setattr(int8, "_in_c", lambda name: None)
     assert "cli.py compile" in int8.refused_by_cpu()

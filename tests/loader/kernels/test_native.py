@@ -16,7 +16,7 @@ FUNCTIONS = {
     "dequantize_q.c": "dequantize_q5_1",
     "dequantize_k.c": "dequantize_q6_k_bf16",
     "quantize_k.c": "quantize_q4_k",
-    "rotate.c": "rotate_256",
+    "int8.c": "int8_rows",
 }
 CACHE = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
 

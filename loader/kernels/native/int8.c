@@ -1,0 +1,156 @@
+/*
+ * Rows of float32 as rotated int8: groups of 256 times ConvRot's Hadamard matrix, H4 x H4 x H4 x H4 / 16, each row in
+ * steps of a scale of its own. The sums of `rotated` in int8.py, in its order.
+ *
+ * Every function takes rows, what is written, what the columns are multiplied by first or NULL, the scales of the rows,
+ * and the numbers of rows and of columns, a multiple of 256.
+ */
+#include "native.h"
+
+enum { GROUP = 256 };
+
+static inline void four(float *x, int stride) {
+    const float a = x[0], b = x[stride], c = x[2 * stride], d = x[3 * stride];
+    const float p = a + b, m = a - b, q = c + d, n = c - d;
+    x[0] = p + n;
+    x[stride] = p - n;
+    x[2 * stride] = m + q;
+    x[3 * stride] = q - m;
+}
+
+/* the sums of four that are 16 and 64 apart */
+static inline void far_apart(float *x) {
+    for (int k = 0; k < 4; k++) {
+        for (int i = 0; i < 16; i++) {
+            four(x + 64 * k + i, 16);
+        }
+    }
+    for (int i = 0; i < 64; i++) {
+        four(x + i, 64);
+    }
+}
+
+#if defined(__AVX2__) && defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#endif
+#endif
+
+#if defined(__clang__)
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#else
+#define UNROLLED _Pragma("GCC unroll 8")
+#endif
+
+#if defined(SHUFFLED)
+typedef float floats __attribute__((vector_size(32)));
+
+/* 8 x 8 of 16 x 16: compilers move floats one by one for it */
+static inline void transpose_8(const float *in, float *out) {
+    floats x[8], y[8];
+    UNROLLED
+    for (int i = 0; i < 8; i++) {
+        memcpy(&x[i], in + 16 * i, sizeof x[i]);
+    }
+    UNROLLED
+    for (int i = 0; i < 8; i += 2) {
+        y[i] = SHUFFLED(x[i], x[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
+        y[i + 1] = SHUFFLED(x[i], x[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
+    }
+    UNROLLED
+    for (int i = 0; i < 8; i += 4) {
+        UNROLLED
+        for (int j = 0; j < 2; j++) {
+            x[i + 2 * j] = SHUFFLED(y[i + j], y[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
+            x[i + 2 * j + 1] = SHUFFLED(y[i + j], y[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
+        }
+    }
+    UNROLLED
+    for (int i = 0; i < 4; i++) {
+        y[i] = SHUFFLED(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
+        y[i + 4] = SHUFFLED(x[i], x[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
+    }
+    UNROLLED
+    for (int i = 0; i < 8; i++) {
+        memcpy(out + 16 * i, &y[i], sizeof y[i]);
+    }
+}
+
+static inline void transpose(const float *restrict in, float *restrict out) {
+    for (int i = 0; i < 2; i++) {
+        for (int j = 0; j < 2; j++) {
+            transpose_8(in + 128 * i + 8 * j, out + 128 * j + 8 * i);
+        }
+    }
+}
+#else
+static inline void transpose(const float *restrict in, float *restrict out) {
+    for (int i = 0; i < 16; i++) {
+        for (int j = 0; j < 16; j++) {
+            out[16 * j + i] = in[16 * i + j];
+        }
+    }
+}
+#endif
+
+static inline void rotate(const float *restrict in, const float *restrict smoothing, float *restrict out) {
+    float smoothed[GROUP], x[GROUP];
+    if (smoothing) {
+        for (int i = 0; i < GROUP; i++) {
+            smoothed[i] = in[i] * smoothing[i];
+        }
+        in = smoothed;
+    }
+    transpose(in, x); /* so that neighbours are 16 apart, and many are computed at a time */
+    far_apart(x);
+    transpose(x, out);
+    far_apart(out);
+    for (int i = 0; i < GROUP; i++) {
+        out[i] *= 0.0625f;
+    }
+}
+
+static inline const float *from(const float *values, int64_t column) { return values ? values + column : values; }
+
+/* The scales of rows: the largest size of each, of 127 steps; NaN where there is one. Nothing else is written. */
+API void int8_scales(const float *rows, int8_t *unused, const float *smoothing, float *scales, int64_t n,
+                     int64_t columns) {
+    (void)unused;
+    for (int64_t row = 0; row < n; row++, rows += columns) {
+        uint32_t most[16] = {0}; /* as bits, whose order is that of sizes, with NaN the largest */
+        for (int64_t column = 0; column < columns; column += GROUP) {
+            float x[GROUP];
+            rotate(rows + column, from(smoothing, column), x);
+            for (int i = 0; i < GROUP; i += 16) {
+                for (int j = 0; j < 16; j++) {
+                    const uint32_t size = bits_of_float(x[i + j]) & 0x7fffffff;
+                    most[j] = size > most[j] ? size : most[j];
+                }
+            }
+        }
+        for (int j = 1; j < 16; j++) {
+            most[0] = most[j] > most[0] ? most[j] : most[0];
+        }
+        const float scale = float_of_bits(most[0]) / 127.0f;
+        scales[row] = scale < 1e-30f ? 1e-30f : scale;
+    }
+}
+
+/* Rows in steps of their scales, rounded to nearest, ties to even, and no more than 127 of them. */
+API void int8_rows(const float *rows, int8_t *restrict out, const float *smoothing, const float *scales, int64_t n,
+                   int64_t columns) {
+    for (int64_t row = 0; row < n; row++, rows += columns, out += columns) {
+        const float inverse = 1.0f / scales[row];
+        for (int64_t column = 0; column < columns; column += GROUP) {
+            float x[GROUP];
+            rotate(rows + column, from(smoothing, column), x);
+            for (int i = 0; i < GROUP; i++) {
+                /* the last bit of the constant is worth 1: the sum is rounded to it */
+                int32_t steps = (int32_t)(bits_of_float(x[i] * inverse + 0x1.8p23f) - 0x4b400000);
+                steps = steps < -127 ? -127 : steps;
+                steps = steps > 127 ? 127 : steps;
+                out[column + i] = (int8_t)steps;
+            }
+        }
+    }
+}
