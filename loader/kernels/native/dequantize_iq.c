@@ -98,7 +98,7 @@ INLINE Floats moved(const int8_t *grid, uint32_t first, uint32_t second, uint32_
     Floats x = times(eights(grid, first, second), 8.0f);
     UNROLLED
     for (int i = 0; i < PARTS; i++) {
-        x.part[i] += down >> (2 * i / PARTS) & 1 ? -1.0f : 1.0f;
+        x.part[i] += float_of_bits(0x3f800000 | (down >> (2 * i / PARTS) & 1) << 31);
     }
     return x;
 }
@@ -111,7 +111,7 @@ INLINE void unpack_iq1_s(const uint8_t *block, void *restrict out, enum format f
         const uint32_t qh = half_word_at(block + 34 + 2 * (i / 2)), high = qh >> 6 * (i % 2);
         const uint32_t first = block[2 + 2 * i] | (high & 7) << 8, second = block[3 + 2 * i] | (high >> 3 & 7) << 8;
         const float scale = d * (float)(int)(2 * (qh >> 12 & 7) + 1) * 0.125f;
-        put(out, 16 * i, times(moved(grid, first, second, qh & 0x8000 ? 3 : 0), scale), format);
+        put(out, 16 * i, times(moved(grid, first, second, (qh >> 15) * 3), scale), format);
     }
 }
 GRID_DEQUANTIZERS(iq1_s, 50)

@@ -44,10 +44,9 @@ DEQUANTIZERS(mxfp4, 17, 32)
 INLINE void unpack_nvfp4(const uint8_t *restrict block, void *restrict out, enum format format) {
     UNROLLED
     for (int i = 0; i < 4; i++) {
-        const uint32_t d = block[i];
-        const float normal = float_of_bits(((d & 127) << 20) + (119u << 23));
-        const float subnormal = (float)(int)(d & 7) * 0x1p-10f;
-        const float scale = d == 127 ? 0 : d & 120 ? normal : subnormal;
+        const uint32_t d = block[i], exponent = d >> 3 & 15, is_normal = exponent != 0;
+        const int mantissa = (int)((d & 7) | is_normal << 3) * (d != 127);
+        const float scale = (float)mantissa * float_of_bits((exponent - is_normal + 117) << 23);
         const uint64_t qs = long_at(block + 4 + 8 * i);
         const Halves index = {qs & 0x0f0f0f0f0f0f0f0f, qs >> 4 & 0x0f0f0f0f0f0f0f0f};
         put(out, 16 * i, times(floats_of(look_up(E2M1_VALUES, (Bytes)index)), scale), format);
