@@ -1,12 +1,14 @@
 """What goes over the bus, and what stays on the device: each byte once, and of a LoRA nothing but its own factors."""
 
+import contextlib
+
 import comfy.memory_management
 import comfy.model_management as management
 import pytest
 from auraflow_gguf.loader.comfyui.ops import is_in_map
 from auraflow_gguf.loader.weights.layout import is_packed
 
-from ..host.patches import lora, patched
+from ..host.patches import loha, lora, noise, patched, shapes_of
 from ..host.sampling import QUICK
 from ..host.small_auraflow import load_small, small_gguf
 from .dynamic_vram import dynamic_vram
@@ -46,8 +48,8 @@ def moved_by(model) -> int:
     return accelerator.counters().to_device
 
 
-@pytest.mark.parametrize("share", [0.5, 1])
-def test_another_strength_of_a_lora_moves_its_factors_alone(library, model, share):
+@pytest.mark.parametrize(("share", "kind"), [(0.5, lora), (1, lora), (1, loha)])
+def test_another_strength_of_a_lora_moves_its_factors_alone(library, model, share, kind):
     """Besides them, what does not fit goes over the bus in each step, as it does without a LoRA."""
     library.room = int(share * model.model_size()) // PAGE * PAGE + (share == 1) * PAGE
     with device_memory(management, model, "full"):
@@ -57,7 +59,7 @@ def test_another_strength_of_a_lora_moves_its_factors_alone(library, model, shar
         assert in_each_run < SMALL if share == 1 else in_each_run > 0.9 * QUICK["steps"] * offloaded
         bare = sum(p.nbytes for p in model.model.diffusion_model.parameters(recurse=False))  # loaded again
         for strength in (0.5, 0.8):
-            changed = patched(model, lora, strength, LINEARS)
+            changed = patched(model, kind, strength, LINEARS)
             moved = moved_by(changed) - in_each_run
             assert len(factors(model)) == len(LINEARS)
             assert abs(moved - nbytes(factors(model))) < SMALL + bare
@@ -73,6 +75,34 @@ def test_the_factors_of_one_lora_are_on_the_device_at_a_time(model):
         management.load_models_gpu([changed])
         largest = max(one.nbytes for one in factors(model).values())
         assert accelerator.counters().peak < before + 3 * largest < before + nbytes(factors(model))
+
+
+def loha_of_rank_16(name, shape):
+    out, into = shape
+    sizes = {"hada_w1_a": (out, 16), "hada_w1_b": (16, into), "hada_w2_a": (out, 16), "hada_w2_b": (16, into)}
+    return {f"{name}.{key}": noise(*size) for key, size in sizes.items()}
+
+
+@pytest.mark.parametrize("patcher", ["static", "dynamic"])
+def test_of_a_loha_its_own_factors_are_on_the_device(patcher):
+    """They are multiplied out, to a LoRA of rank 256, for one linear at a time."""
+    with dynamic_vram(page=PAGE) if patcher == "dynamic" else contextlib.nullcontext():
+        model = load_small(small_gguf("Q4_0"))
+        with device_memory(management, model, "full"):
+            picture(model)
+            without = accelerator.counters().allocated
+            accelerator.reset()
+            picture(model)
+            peak = accelerator.counters().peak
+            with_loha = patched(model, loha_of_rank_16, names=LINEARS)
+            picture(with_loha)
+            sides = [sum(shape) * 4 for shape in shapes_of(model, LINEARS).values()]  # bytes in float32
+            own = sum(2 * 16 * side for side in sides)
+            assert nbytes(factors(model)) == own
+            assert accelerator.counters().allocated == without + own
+            accelerator.reset()
+            picture(with_loha)
+            assert accelerator.counters().peak < peak + own + 256 * max(sides) + SMALL
 
 
 def in_the_file(model) -> dict[str, int]:
