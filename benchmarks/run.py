@@ -115,6 +115,12 @@ def _scale(types: tuple[str, ...], options: argparse.Namespace) -> dict:
     return {"setting": scale.SETTING_TEXT, **scale.measure()}
 
 
+def _traffic(types: tuple[str, ...], options: argparse.Namespace) -> dict:
+    from . import traffic
+
+    return {"setting": traffic.SETTING_TEXT, "rows": traffic.measure(*(options.type or ())[:1])}
+
+
 def _convert(types: tuple[str, ...], options: argparse.Namespace) -> dict | None:
     from ..tests.ggml import Unavailable
     from . import convert
@@ -141,6 +147,7 @@ PARTS = {
     "training": _training,
     "diffusers": _diffusers,
     "scale": _scale,
+    "traffic": _traffic,
     "convert": _convert,
 }
 """A function for each part, which gives its figures; their modules need ComfyUI on the import path."""

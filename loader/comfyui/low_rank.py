@@ -64,6 +64,11 @@ class LowRank:
         return output + sum(rows).to(output.dtype)
 
 
+def is_low_rank(patches: Sequence[tuple]) -> bool:
+    """Whether all of a weight's patches are of low rank."""
+    return all(map(_factors_of, patches))
+
+
 def low_rank(
     key: str, patches: list[tuple], shape: torch.Size, device: torch.device | None, dtype: torch.dtype
 ) -> LowRank | None:
