@@ -12,7 +12,8 @@ weights, saving) is ComfyUI's own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container
+import sys
+from collections.abc import Callable, Container
 
 import comfy.model_management
 import comfy.utils
@@ -31,6 +32,12 @@ from .weight_patches import HookPatches, WeightPatches
 
 class _PackedWeightPatching:
     """What both patchers do differently for packed weights."""
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing):
+        # At the end of the process there is nothing to give back, and PyTorch aborts when tensors such as packed ones
+        # are used, which ComfyUI 0.16 does here.
+        if not is_finalizing():
+            super().__del__()
 
     def model_size(self):
         if self.size <= 0:
