@@ -5,7 +5,6 @@ import contextlib
 import comfy.memory_management
 import comfy.model_management as management
 import pytest
-from auraflow_gguf.benchmarks.measure import anonymous_bytes
 from auraflow_gguf.benchmarks.traffic import figures
 from auraflow_gguf.loader.comfyui.ops import is_in_map
 from auraflow_gguf.loader.weights.layout import is_packed
@@ -69,26 +68,30 @@ def test_another_strength_of_a_lora_moves_its_factors_alone(library, model, shar
         assert abs(moved_by(model) - in_each_run) < SMALL + bare
 
 
+def picture_with_strong_lora(model):
+    return picture(patched(model, lora, 0.8, LINEARS))
+
+
 @pytest.mark.parametrize("mode", ["full", "half"])
-def test_the_static_patcher_changes_the_factors_alone_too(mode):
+def test_the_static_patcher_changes_the_factors_alone_too(expected, mode):
     model = load_small(small_gguf("Q4_0"))
+    # With half of the memory a small weight may come to fit as well.
+    margin = SMALL if mode == "full" else SMALL + model.model_size() // 32
     with device_memory(management, model, mode):
-        base = picture(model)
         for _ in range(2):
             picture(patched(model, lora, 0.5, LINEARS))
         for kind in (lora, loha) if mode == "full" else (lora,):
             other = patched(model, kind, 0.8, LINEARS)
             at_first, again = moved_by(other), moved_by(other)
             assert len(factors(model)) == len(LINEARS)
-            assert abs(at_first - again - nbytes(factors(model))) < SMALL
+            assert abs(at_first - again - nbytes(factors(model))) < margin
             if mode == "full":
                 assert model.loaded_size() == model.model_size() + nbytes(factors(model))
-        diffs = patched(model, diff, 0.8, LINEARS)  # for which ComfyUI loads anew
-        changed = picture(diffs)
-        assert relative_error(picture(model), base) < 1e-5 < relative_error(changed, base)
-        if mode == "full":
-            picture(patched(model, lora, 0.5, LINEARS))
-            assert moved_by(model) < SMALL
+        assert mode == "half" or moved_by(model) < SMALL
+        assert relative_error(picture(model), expected(picture)) < 1e-5
+        assert relative_error(picture_with_strong_lora(model), expected(picture_with_strong_lora)) < 1e-5
+        with_diff = picture(patched(model, diff, 0.8, LINEARS))  # for which ComfyUI loads anew
+        assert relative_error(picture(model), expected(picture)) < 1e-5 < relative_error(with_diff, expected(picture))
 
 
 def test_the_factors_of_one_lora_are_on_the_device_at_a_time(model):
@@ -135,32 +138,21 @@ def in_the_file(model) -> dict[str, int]:
     return {name: getattr(p, "_qdata", p).data_ptr() for name, p in parameters.items()}
 
 
-@pytest.mark.parametrize("mode", ["full", "half"])
-def test_what_is_unloaded_lies_in_the_file_again(mode):
-    """And takes no memory of its own, page-locked or not."""
-    model = load_small(small_gguf("Q4_0"))
-    before = in_the_file(model)
-    with device_memory(management, model, mode):
-        with_lora = patched(model, lora, 0.5, LINEARS)
-        picture(with_lora)
-        assert len(in_the_file(model)) < len(before)
-        model.partially_unload(model.offload_device, model.loaded_size() // 2)
-        picture(model)
-    assert in_the_file(model) == before
-
-
-@pytest.mark.skipif(anonymous_bytes() is None, reason="this system does not tell anonymous memory apart")
-@pytest.mark.parametrize("patcher", ["static", "dynamic"])
-def test_cycles_of_load_and_unload_take_no_more_memory(patcher):
-    with dynamic_vram(page=2 * PAGE) if patcher == "dynamic" else contextlib.nullcontext():
-        model = load_small(small_gguf("Q8_0"))
-        after = []
-        for _ in range(5):
-            with device_memory(management, model, "half" if patcher == "static" else "full"):
-                picture(patched(model, lora, 0.5, LINEARS))
-            after.append(anonymous_bytes())
-        assert management.TOTAL_PINNED_MEMORY == 0
-        assert after[-1] - after[1] < model.model_size() // 2, after
+@pytest.mark.parametrize(("patcher", "mode"), [("static", "full"), ("static", "half"), ("dynamic", "full")])
+def test_what_is_unloaded_lies_in_the_file_again(patcher, mode):
+    """And takes no memory of its own, page-locked or not, however often."""
+    with dynamic_vram(page=PAGE) if patcher == "dynamic" else contextlib.nullcontext():
+        model = load_small(small_gguf("Q4_0"))
+        before = in_the_file(model)
+        for _ in range(2):
+            with device_memory(management, model, mode):
+                with_lora = patched(model, lora, 0.5, LINEARS)
+                picture(with_lora)
+                assert patcher == "dynamic" or len(in_the_file(model)) < len(before)
+                model.partially_unload(model.offload_device, model.loaded_size() // 2)
+                picture(model)
+            assert in_the_file(model) == before
+            assert management.TOTAL_PINNED_MEMORY == 0
 
 
 @pytest.mark.skipif(not hasattr(comfy.memory_management, "TensorFileSlice"), reason="this ComfyUI has no file reader")
