@@ -115,10 +115,15 @@ def _scale(types: tuple[str, ...], options: argparse.Namespace) -> dict:
     return {"setting": scale.SETTING_TEXT, **scale.measure()}
 
 
-def _traffic(types: tuple[str, ...], options: argparse.Namespace) -> dict:
+def _traffic(types: tuple[str, ...], options: argparse.Namespace) -> dict | None:
+    from ..devtools.cxx import NoCompiler
     from . import traffic
 
-    return {"setting": traffic.SETTING_TEXT, "rows": traffic.measure(*(options.type or ())[:1])}
+    try:
+        return {"setting": traffic.SETTING_TEXT, "rows": traffic.measure(*(options.type or ())[:1])}
+    except NoCompiler as reason:
+        print(f"left out: {reason}")
+        return None
 
 
 def _convert(types: tuple[str, ...], options: argparse.Namespace) -> dict | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 
 from ..devtools import ROOT
+from ..devtools.cxx import compiler
 
 TYPE = "Q8_0"
 LIMITS = (3, 4, 6, 8)  # GB
@@ -40,15 +41,17 @@ print(json.dumps(in_this_process({path!r}, {mode!r}, {limit!r})))
 
 
 def measure(type_name: str = TYPE) -> list[dict]:
-    """A row for each limit and patcher: what `in_this_process` gives. Writes the table into docs/gpu.md.
+    """A row for each limit and patcher: what `in_this_process` gives. The table of `TYPE` goes into docs/gpu.md.
 
     Raises:
+        NoCompiler: there is none for C++, which the accelerator needs.
         RuntimeError: a setting's process fails; what it says is in it.
     """
     import comfy
 
     from .load import full_size_file
 
+    compiler()
     path = str(full_size_file(type_name))
     rows = []
     for limit in LIMITS:
@@ -61,9 +64,10 @@ def measure(type_name: str = TYPE) -> list[dict]:
             figures = json.loads(ran.stdout.splitlines()[-1])
             rows.append({"type": type_name, "limit_gb": limit, "mode": mode, **figures})
             print(*rows[-1].items(), flush=True)
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
-    _, _, after = rest.partition(MARKS[1])
-    PAGE.write_text(f"{before}{MARKS[0]}\n\n{table(rows)}\n\n{MARKS[1]}{after}", encoding="utf-8")
+    if type_name == TYPE:
+        before, _, rest = PAGE.read_text(encoding="utf-8").partition(MARKS[0])
+        _, _, after = rest.partition(MARKS[1])
+        PAGE.write_text(f"{before}{MARKS[0]}\n\n{table(rows)}\n\n{MARKS[1]}{after}", encoding="utf-8")
     return rows
 
 
