@@ -115,6 +115,17 @@ def _scale(types: tuple[str, ...], options: argparse.Namespace) -> dict:
     return {"setting": scale.SETTING_TEXT, **scale.measure()}
 
 
+def _traffic(types: tuple[str, ...], options: argparse.Namespace) -> dict | None:
+    from ..devtools.cxx import NoCompiler
+    from . import traffic
+
+    try:
+        return {"setting": traffic.SETTING_TEXT, "rows": traffic.measure(*(options.type or ())[:1])}
+    except NoCompiler as reason:
+        print(f"left out: {reason}")
+        return None
+
+
 def _convert(types: tuple[str, ...], options: argparse.Namespace) -> dict | None:
     from ..tests.ggml import Unavailable
     from . import convert
@@ -141,6 +152,7 @@ PARTS = {
     "training": _training,
     "diffusers": _diffusers,
     "scale": _scale,
+    "traffic": _traffic,
     "convert": _convert,
 }
 """A function for each part, which gives its figures; their modules need ComfyUI on the import path."""

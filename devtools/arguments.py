@@ -25,6 +25,7 @@ PARTS = (
     "training",
     "diffusers",
     "scale",
+    "traffic",
     "convert",
 )
 TYPES = ("Q8_0", "Q6_K", "Q5_K", "Q5_1", "Q5_0", "Q4_K", "Q4_1", "Q4_0", "IQ4_XS", "IQ4_NL", "Q3_K", "Q2_K", "BF16")

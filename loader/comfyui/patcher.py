@@ -12,48 +12,32 @@ weights, saving) is ComfyUI's own.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Container
+import sys
+from collections.abc import Callable, Container
 
-import comfy.lora
 import comfy.model_management
 import comfy.utils
 import torch
 from comfy.model_base import BaseModel
 from comfy.model_patcher import ModelPatcher, ModelPatcherDynamic, move_weight_functions, wipe_lowvram_weight
+from comfy.patcher_extension import CallbacksMP
 
 from ..weights.layout import is_packed
 from .int8 import scale_bytes
-from .low_rank import LowRank, low_rank
+from .low_rank import LowRank, is_low_rank, low_rank
 from .modulation import mapped_bytes, mapped_linears, table_of
 from .ops import is_in_map, original_in_map
-
-
-class WeightPatches:
-    """A weight function: a list of ComfyUI's patches, applied to a dense weight.
-
-    Args:
-        key: the weight's name in the model's state dict.
-        patches: as in ``ModelPatcher.patches[key]``.
-        original_weights: as ComfyUI's ``calculate_weight`` takes them, for patches that refer to the base.
-    """
-
-    def __init__(self, key: str, patches: list[tuple], original_weights: dict | None = None):
-        self.key = key
-        self.patches = patches
-        self.original_weights = original_weights
-
-    def __call__(self, weight):
-        return comfy.lora.calculate_weight(
-            self.patches, weight, self.key, intermediate_dtype=weight.dtype, original_weights=self.original_weights
-        )
-
-
-class HookPatches(WeightPatches):
-    """The patches of the hooks that are active now; removed when the hooks change."""
+from .weight_patches import HookPatches, WeightPatches
 
 
 class _PackedWeightPatching:
     """What both patchers do differently for packed weights."""
+
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing):
+        # At the end of the process there is nothing to give back, and PyTorch aborts when tensors such as packed ones
+        # are used, which ComfyUI 0.16 does here.
+        if not is_finalizing():
+            super().__del__()
 
     def model_size(self):
         if self.size <= 0:
@@ -269,6 +253,46 @@ class _PackedWeightPatching:
 class GGUFModelPatcher(_PackedWeightPatching, ModelPatcher):
     """The static patcher: CPUs, and GPUs without dynamic VRAM."""
 
+    def partially_load(self, device_to, extra_memory=0, force_patch_weights=False):
+        if not force_patch_weights and self._differs_by_factors(device_to):
+            extra_memory -= self._exchange_factors(device_to)
+        return super().partially_load(device_to, extra_memory, force_patch_weights)
+
+    def _differs_by_factors(self, device: torch.device) -> bool:
+        """Whether the model is loaded with other patches than these, and both leave the weights as they are. ComfyUI
+        would take all of it off the device, and load it again."""
+        model = self.model
+        if model.current_weight_patches_uuid in (None, self.patches_uuid) or model.device != device:
+            return False
+        mapped = set(mapped_linears(model).values())
+        functions = (m for m in model.modules() if m not in mapped and _has_functions(m))
+        if self.backup or self.hook_backup or self.weight_wrapper_patches or any(functions):
+            return False
+        if self.get_all_callbacks(CallbacksMP.ON_LOAD):  # which ComfyUI calls when it loads other patches
+            return False
+        beside = (item for item in self.patches.items() if not self._stays_mapped(item[0]))
+        return all(self._is_patched_in_use(key) and is_low_rank(patches) for key, patches in beside)
+
+    def _exchange_factors(self, device: torch.device) -> int:
+        """Puts these patches in the place of those that the model is loaded with; the bytes that they take more."""
+        before = self._factors_bytes()
+        try:
+            self._let_go_of_low_rank(device)
+            for key, factors in self._low_rank_patches(device).items():
+                self._module_of(key).low_rank = factors
+            self._patch_mapped_linears(device)
+        except Exception:
+            self.detach()
+            raise
+        more = self._factors_bytes() - before
+        self.model.model_loaded_weight_memory += more
+        self.model.current_weight_patches_uuid = self.patches_uuid
+        return more
+
+    def _factors_bytes(self) -> int:
+        held = (getattr(m, "low_rank", None) for m in self.model.modules() if not getattr(m, "stays_mapped", False))
+        return sum(factors.nbytes for factors in held if factors is not None)
+
     def pin_weight_to_device(self, key):
         # What lies in the file's map cannot be page-locked safely: neither do weights begin at pages there, nor do all
         # drivers take a mapped file's. A weight that is pinned gets memory of its own, as ComfyUI's dense ones have, as
@@ -314,6 +338,10 @@ class GGUFModelPatcherDynamic(_PackedWeightPatching, ModelPatcherDynamic):
         if type(clone) is ModelPatcher:  # disable_dynamic=True: ComfyUI names its static class itself
             clone.__class__ = GGUFModelPatcher
         return clone
+
+
+def _has_functions(module: torch.nn.Module) -> bool:
+    return any(getattr(module, f"{name}_function", None) for name in ("weight", "bias"))
 
 
 def _unpatched_on_device(module: torch.nn.Module) -> bool:

@@ -14,7 +14,7 @@ from comfy_extras.nodes_model_advanced import ModelSamplingAuraFlow
 from comfy_extras.nodes_model_merging import ModelMergeSimple
 
 from .forward import CPU, loaded, sampler_options
-from .patches import MODULATION, diff, dora, lora, lora_hooks, patched, state_of
+from .patches import MODULATION, diff, dora, loha, lora, lora_hooks, patched, state_of
 from .sampling import QUICK, relative_error, sample
 from .small_auraflow import HIDDEN, TEXT, load_small, small_gguf
 
@@ -173,12 +173,13 @@ def test_a_block_patch_that_changes_the_vector(model):
 
 
 def test_compiled_in_one_graph(model):
-    compiled = model.clone()
+    with_patches = patched(patched(model, lora), loha)
+    compiled = with_patches.clone()
     # the attention that ComfyUI takes on a CPU breaks graphs by itself
     options = compiled.model_options["transformer_options"]
     options["optimized_attention_override"] = lambda _, *args, **kwargs: attention_pytorch(*args, **kwargs)
     set_torch_compile_wrapper(compiled, backend="eager", fullgraph=True)
-    assert relative_error(sample(compiled, **QUICK), sample(model, **QUICK)) < 1e-5
+    assert relative_error(sample(compiled, **QUICK), sample(with_patches, **QUICK)) < 1e-5
 
 
 @pytest.mark.host_independent

@@ -7,7 +7,8 @@ import comfy.model_management
 import pytest
 import torch
 from auraflow_gguf.loader.comfyui.model import load_model
-from auraflow_gguf.loader.comfyui.patcher import GGUFModelPatcher, WeightPatches
+from auraflow_gguf.loader.comfyui.patcher import GGUFModelPatcher
+from auraflow_gguf.loader.comfyui.weight_patches import WeightPatches
 from auraflow_gguf.loader.weights.layout import is_packed
 
 from .aura_files import make_gguf

@@ -147,6 +147,7 @@ PATCHED = {
         "encoder.block.1.layer.1.DenseReluDense.wo": (2048, 5120),
         "shared": (32128, 2048),
     },
+    "loha": {"encoder.block.0.layer.0.SelfAttention.k": (2048, 2048), "shared": (32128, 2048)},
     "diff": {
         "encoder.block.1.layer.0.SelfAttention.o": (2048, 2048),
         "encoder.block.1.layer.0.SelfAttention.relative_attention_bias": (32, 32),
@@ -163,6 +164,9 @@ def patched(clip, kind, strength, modules):
         if kind == "lora":
             state[f"{name}.lora_up.weight"] = noise(shape[0], 4)
             state[f"{name}.lora_down.weight"] = noise(4, shape[1])
+        elif kind == "loha":
+            sizes = {"w1_a": (shape[0], 4), "w1_b": (4, shape[1]), "w2_a": (shape[0], 3), "w2_b": (3, shape[1])}
+            state |= {f"{name}.hada_{key}": 4 * noise(*size) for key, size in sizes.items()}
         else:
             state[f"{name}.diff"] = noise(*shape)
     keys = comfy.lora.model_lora_keys_clip(clip.cond_stage_model, {})
