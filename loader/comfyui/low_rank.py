@@ -15,6 +15,8 @@ from collections.abc import Sequence
 import torch
 from comfy.weight_adapter import LoHaAdapter, LoRAAdapter
 
+from ..kernels import add_low_rank
+
 # A LoHa of rank r is a LoRA of rank r²: beyond this rank the dequantized weight is the cheaper way.
 MAX_LOHA_RANK = 256
 
@@ -52,9 +54,9 @@ class LowRank:
     def add_to(self, output: torch.Tensor, input: torch.Tensor) -> torch.Tensor:
         """``output + Σ up (down input)``, written into ``output`` ``(…, out_features)``."""
         if self.lora is not None:
-            _add_product(output, input, *_on(input.device, self.lora))
+            add_low_rank(output, input, *_on(input.device, self.lora))
         for loha in self.lohas:
-            _add_product(output, input, *_multiplied_out(*_on(input.device, loha)))
+            add_low_rank(output, input, *_multiplied_out(*_on(input.device, loha)))
         return output
 
     def add_rows_to(self, output: torch.Tensor, indices: torch.Tensor) -> torch.Tensor:
@@ -135,11 +137,6 @@ def _multiplied_out(down1: torch.Tensor, up1: torch.Tensor, down2: torch.Tensor,
     down = down1.unsqueeze(1) * down2.unsqueeze(0)
     up = up1.unsqueeze(2) * up2.unsqueeze(1)
     return down.flatten(0, 1), up.flatten(1)
-
-
-def _add_product(output: torch.Tensor, input: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> None:
-    hidden = torch.nn.functional.linear(input, down)
-    output.view(-1, output.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), up.t())
 
 
 def _rows(indices: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

@@ -37,6 +37,21 @@ def packed_linear(
     return gpu.linear(input, packed, quant_type, bias)
 
 
+def add_low_rank(output: torch.Tensor, input: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> None:
+    """``output += input @ down.T @ up.T``.
+
+    Args:
+        output: ``(…, out_features)``, contiguous.
+        input: ``(…, in_features)``.
+        down, up: ``(rank, in_features)`` and ``(out_features, rank)``, all of one dtype and device.
+    """
+    if input.device.type == "cpu" and not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        cpu.add_low_rank(output, input, down, up)
+        return
+    hidden = torch.nn.functional.linear(input, down)
+    output.view(-1, output.shape[-1]).addmm_(hidden.view(-1, hidden.shape[-1]), up.t())
+
+
 @torch.library.custom_op(
     "auraflow_gguf::linear",
     mutates_args=(),

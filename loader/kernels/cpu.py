@@ -35,6 +35,8 @@ TILE_BYTES = 4 * 2**20
 PRODUCT_TILE_BYTES = 24 * 2**20
 ALL_PRODUCT_TILES_BYTES = 128 * 2**20  # of all threads
 
+LOW_RANK_ROWS = 256  # of input that a thread takes at a time beside a weight
+
 # Which source has a type, and what its functions' names end in for a dtype.
 IN_C = {
     **dict.fromkeys(("Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "TQ1_0", "TQ2_0"), "dequantize_q.c"),
@@ -74,6 +76,24 @@ def linear(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bia
     if bias is not None:
         out += bias
     return out.view(*input.shape[:-1], rows)
+
+
+def add_low_rank(output: torch.Tensor, input: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> None:
+    """``output += input @ down.T @ up.T``, in one pass over the tokens.
+
+    On `linear`'s threads: torch's own, which have just worked, would wait for more on the cores that these need next.
+
+    Args:
+        output: ``(…, out_features)``, contiguous.
+        input: ``(…, in_features)``.
+        down, up: ``(rank, in_features)`` and ``(out_features, rank)``.
+    """
+    x, out = input.reshape(-1, input.shape[-1]), output.view(-1, output.shape[-1])
+
+    def add(start: int, stop: int) -> None:
+        out[start:stop].addmm_(x[start:stop] @ down.t(), up.t())
+
+    in_tiles(add, len(x), LOW_RANK_ROWS)
 
 
 def input_gradient(gradient: torch.Tensor, packed: torch.Tensor, quant_type: QuantType) -> torch.Tensor:
