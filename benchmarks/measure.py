@@ -50,10 +50,13 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def side_by_side(baseline: Callable[[], object], subject: Callable[[], object], pairs: int) -> Ratio:
-    """Run both in turns after one warm-up of each; every other pair in the other order."""
-    baseline()
-    subject()
+def side_by_side(
+    baseline: Callable[[], object], subject: Callable[[], object], pairs: int, *, warm_up: bool = True
+) -> Ratio:
+    """Run both in turns, after one warm-up of each unless they are warm; every other pair in the other order."""
+    if warm_up:
+        baseline()
+        subject()
     times = []
     for number in range(pairs):
         if number % 2:

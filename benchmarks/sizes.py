@@ -38,15 +38,15 @@ def measure(pairs: int, types: tuple[str, ...]) -> list[dict]:
             packed.patch_model(device)
             for pixels, tokens in PIXELS.items():
                 row = {"dtype": str(dtype).removeprefix("torch."), "type": type_name, "pixels": pixels}
-                ratio = _ratio(dense, packed, {"size": pixels // 8, "tokens": tokens}, pairs // FEWER_PAIRS[pixels])
+                setting = {"size": pixels // 8, "tokens": tokens}
+                options = sampler_options(packed)
+                ratio = side_by_side(
+                    lambda: forward(dense, **setting),  # noqa: B023
+                    lambda: forward(packed, **setting, options=options),  # noqa: B023
+                    max(2, pairs // FEWER_PAIRS[pixels]),
+                    warm_up=pixels == min(PIXELS),
+                )
                 rows.append(row | asdict(ratio))
                 print(*row.values(), ratio, flush=True)
             packed.unpatch_model(device)
     return rows
-
-
-def _ratio(dense, packed, setting: dict, pairs: int):
-    options = sampler_options(packed)
-    return side_by_side(
-        lambda: forward(dense, **setting), lambda: forward(packed, **setting, options=options), max(2, pairs)
-    )
