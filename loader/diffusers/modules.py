@@ -15,6 +15,21 @@ from ..quant_types import QUANT_TYPES
 from ..weights.layout import is_packed, pack
 
 
+class _ReadOnly(QuantizedTensor):
+    """A packed weight as it is shown. Whatever is written into it would be lost with it: it is made for each look."""
+
+    @property
+    def data(self) -> torch.Tensor:
+        return torch.Tensor.data.__get__(self)
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise TypeError(
+            "The weight is packed, and nothing can be merged into it. An adapter of PEFT works beside it as it is; to "
+            "have it in a file, merge it before the model is converted."
+        )
+
+
 class _Packed:
     """A module with the parameters ``packed`` ``(rows, row_bytes) uint8`` and ``bias``, and a dtype to compute in."""
 
@@ -27,7 +42,8 @@ class _Packed:
     @property
     def weight(self) -> QuantizedTensor:
         """``logical_shape`` in ``compute_dtype``; the bytes are those of ``packed``."""
-        return pack(self.packed.data, self.quant_type.name, self.logical_shape, self.compute_dtype)
+        weight = pack(self.packed.data, self.quant_type.name, self.logical_shape, self.compute_dtype)
+        return _ReadOnly(weight._qdata, weight._layout_cls, weight._params)
 
     def __setattr__(self, name: str, value: object) -> None:
         if name != "weight":

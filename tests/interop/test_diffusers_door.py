@@ -218,6 +218,9 @@ def test_a_pipeline_gives_its_dense_twin_s_picture_with_and_without_a_lora(folde
         pipe.transformer.save_pretrained(tmp_path / "with adapters")
     with pytest.raises(NotImplementedError, match="a LoRA cannot be fused"):
         pipe.fuse_lora()
+    for safe_merge in (False, True):
+        with pytest.raises(TypeError, match="nothing can be merged into it"):
+            adapted.merge(safe_merge)
     assert torch.equal(picture(pipe), changed)
     accelerate.cpu_offload(pipe.transformer, torch.device("cpu"))
     assert relative_error(picture(pipe), changed) < 1e-5
