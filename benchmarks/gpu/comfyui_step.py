@@ -1,4 +1,4 @@
-"""A step in ComfyUI from packed weights beside ComfyUI's own dense model: modulation cache, LoRA, torch.compile."""
+"""A step in ComfyUI from packed weights beside its own dense model: modulation cache, LoRA, int8, torch.compile."""
 
 from __future__ import annotations
 
@@ -14,14 +14,15 @@ from .setting import LeftOut, Setting, begin_memory, memory, step_milliseconds
 TEXT = "a pass of AuraFlow, 4 + 32 layers of random weights, in ComfyUI, bfloat16, 1024², 256 text tokens"
 COMPILED_TEXT = "the same under torch.compile, the first type, batch 1, modulation cache: beside the same without"
 DENSE = "dense"
-WAYS = ("modulation cache", "no cache", "LoRA")
+WAYS = ("modulation cache", "no cache", "LoRA", "int8")
 
 
 @torch.inference_mode()
 def step(setting: Setting) -> Iterator[dict]:
     """A row for the dense weights and for each type, way and batch: ``ms``, ``of_dense`` and the memory.
 
-    ``LoRA`` is one of rank 16 on every linear of the layers, with the modulation cache.
+    ``LoRA`` is one of rank 16 on every linear of the layers, and ``int8`` products of int8 in the layers, both with the
+    modulation cache.
     """
     enter(setting)
     dense = {}
@@ -39,6 +40,8 @@ def step(setting: Setting) -> Iterator[dict]:
                 patcher.unpatch_model(torch.device("cpu"))
             except torch.cuda.OutOfMemoryError:
                 yield {"weights": name, "way": way, "full": "they do not fit on the device"}
+            except LeftOut as reason:
+                yield {"weights": name, "way": way, "left_out": str(reason)}
             patcher = None
 
 
@@ -64,7 +67,12 @@ def compiled(setting: Setting) -> Iterator[dict]:
 
 
 def _loaded(name: str, way: str, setting: Setting):
-    """A static patcher whose weights are all on the device."""
+    """A static patcher whose weights are all on the device.
+
+    Raises:
+        LeftOut: int8 products are not to be had on this device.
+    """
+    from ...loader.comfyui.int8 import scale_bytes
     from ...loader.comfyui.model import load_model
     from ..lora import with_loras
 
@@ -72,7 +80,16 @@ def _loaded(name: str, way: str, setting: Setting):
         patcher = _dense(setting)
     else:
         cache = way != "no cache"
-        patcher = load_model(full_size_file(name, setting), setting.dtype, cache, disable_dynamic=True)
+        patcher = load_model(
+            full_size_file(name, setting),
+            setting.dtype,
+            cache,
+            "int8" if way == "int8" else "exact",
+            disable_dynamic=True,
+            int8_even_if_slower=setting.quick,
+        )
+        if way == "int8" and not scale_bytes(patcher.model):
+            raise LeftOut("The products are exact: the log says why they cannot be of int8.")
         patcher = with_loras(patcher, 1) if way == "LoRA" else patcher
     patcher.patch_model(setting.device)
     return patcher

@@ -45,7 +45,7 @@ PARTS = {
     "products": Part(kernels.PRODUCTS_TEXT, 75, kernels.products),
     "step": Part(diffusers_step.STEP_TEXT, 120, diffusers_step.step),
     "compiled": Part(diffusers_step.COMPILED_TEXT, 100, diffusers_step.compiled),
-    "comfyui": Part(comfyui_step.TEXT, 600, comfyui_step.step),
+    "comfyui": Part(comfyui_step.TEXT, 700, comfyui_step.step),
     "comfyui-compiled": Part(comfyui_step.COMPILED_TEXT, 300, comfyui_step.compiled),
     "vram": Part(vram.TEXT, 1200, vram.measure),
 }

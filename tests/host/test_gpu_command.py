@@ -16,8 +16,17 @@ SETTING = Setting(torch.device("cpu"), quick=True, types=("Q4_K",), comfyui=Path
 @pytest.mark.host_independent
 def test_a_row_for_each_way():
     rows = list(comfyui_step.step(SETTING))
-    assert [row["way"] for row in rows] == ["dense", "modulation cache", "no cache", "LoRA"]
+    assert [row["way"] for row in rows] == ["dense", "modulation cache", "no cache", "LoRA", "int8"]
     assert all(row["of_dense"] == row["ms"] / rows[0]["ms"] for row in rows)
+
+
+@pytest.mark.host_independent
+def test_int8_that_the_device_does_not_have_is_left_out_in_words(monkeypatch):
+    monkeypatch.setattr(comfyui_step, "WAYS", ("int8",))
+    monkeypatch.setattr("auraflow_gguf.loader.comfyui.int8.install", lambda *_: "there are no products of int8")
+    _, row = comfyui_step.step(SETTING)
+    assert row == {"weights": "Q4_K", "way": "int8", "left_out": row["left_out"]}
+    assert "the log says why" in row["left_out"]
 
 
 def test_sampling_with_the_static_patcher():
