@@ -43,6 +43,8 @@ class _Packed:
     def weight(self) -> QuantizedTensor:
         """``logical_shape`` in ``compute_dtype``; the bytes are those of ``packed``."""
         weight = pack(self.packed.data, self.quant_type.name, self.logical_shape, self.compute_dtype)
+        if torch.compiler.is_compiling():  # which knows no class of tensors but the layout's own
+            return weight
         return _ReadOnly(weight._qdata, weight._layout_cls, weight._params)
 
     def __setattr__(self, name: str, value: object) -> None:

@@ -212,6 +212,7 @@ def tile(elements: int, dtype: torch.dtype) -> torch.Tensor:
     tiles = vars(_local).setdefault("tiles", {})
     tile = tiles.get(dtype)
     if tile is None or tile.numel() < elements:
+        tile = tiles[dtype] = None  # the smaller one goes first
         with torch.inference_mode(False):  # for use in any mode
             tile = tiles[dtype] = torch.empty(elements, dtype=dtype)
     return tile[:elements]
