@@ -96,7 +96,7 @@ def _chosen_dtype(matched: Match) -> torch.dtype:
     dtype = management.unet_manual_cast(dtype, device, list(COMPUTE_DTYPES)) or dtype
     asked_for = args.fp32_unet or args.force_fp32
     if device.type == "cpu" and dtype == torch.float32 and not asked_for and multiplies_bfloat16():
-        logger.info("This CPU multiplies bfloat16 in hardware, which takes less time; compute_dtype float32 is exact.")
+        logger.info("This CPU multiplies bfloat16 in hardware, which is faster; compute_dtype float32 is more exact.")
         return torch.bfloat16
     return dtype
 

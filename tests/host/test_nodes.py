@@ -48,12 +48,12 @@ def models(pack_nodes, tmp_path, monkeypatch):
 NAME = os.path.join("pony", "v7.gguf")
 
 
-@pytest.mark.skipif(comfy.model_management.cpu_state != comfy.model_management.CPUState.CPU, reason="This is a GPU.")
 @pytest.mark.parametrize(
     ("multiplies", "flag", "expected"),
     [(False, None, torch.float32), (True, None, torch.bfloat16), (True, "fp32_unet", torch.float32)],
 )
 def test_auto_on_a_cpu_that_multiplies_bfloat16(pack_nodes, models, caplog, monkeypatch, multiplies, flag, expected):
+    monkeypatch.setattr(comfy.model_management, "cpu_state", comfy.model_management.CPUState.CPU)  # as --cpu does
     monkeypatch.setattr(model_module, "multiplies_bfloat16", lambda: multiplies)
     if flag:
         monkeypatch.setattr(model_module.args, flag, True)

@@ -24,13 +24,6 @@
 #endif
 #define PARTS (16 / LANES)
 
-#if defined(PLAIN)
-#define UNROLLED
-#elif defined(__clang__)
-#define UNROLLED _Pragma("clang loop unroll(full)")
-#else
-#define UNROLLED _Pragma("GCC unroll 16")
-#endif
 #define INLINE static inline __attribute__((always_inline))
 
 typedef uint8_t Bytes __attribute__((vector_size(16)));

@@ -36,12 +36,6 @@ static inline void far_apart(float *x) {
 #endif
 #endif
 
-#if defined(__clang__)
-#define UNROLLED _Pragma("clang loop unroll(full)")
-#else
-#define UNROLLED _Pragma("GCC unroll 8")
-#endif
-
 #if defined(SHUFFLED)
 typedef float floats __attribute__((vector_size(32)));
 

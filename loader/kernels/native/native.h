@@ -11,6 +11,15 @@
 #define API __attribute__((visibility("default")))
 #endif
 
+/* before a loop of at most 16 rounds, which is then none */
+#if defined(PLAIN)
+#define UNROLLED
+#elif defined(__clang__)
+#define UNROLLED _Pragma("clang loop unroll(full)")
+#else
+#define UNROLLED _Pragma("GCC unroll 16")
+#endif
+
 static inline float float_of_bits(uint32_t bits) {
     float value;
     memcpy(&value, &bits, 4);

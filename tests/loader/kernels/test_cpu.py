@@ -105,6 +105,16 @@ def test_dtypes_and_shapes(threads, dtype, shape):
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-4 if dtype.itemsize > 2 else 0.5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_low_rank_in_ragged_pieces(threads, dtype, monkeypatch):
+    monkeypatch.setattr(cpu, "LOW_RANK_ROWS", 4)
+    x, down, up = (random_input(rows, seed).to(dtype) for seed, rows in enumerate((22, 3, 7)))
+    output = torch.ones(2, 11, 7, dtype=dtype)
+    expected = output.double().view(22, 7) + x.double() @ down.double().t() @ up[:, :3].double().t()
+    cpu.add_low_rank(output, x.view(2, 11, -1), down, up[:, :3])
+    assert (output.view(22, 7) - expected).abs().max() < 16 * torch.finfo(dtype).eps * expected.abs().max()
+
+
 @pytest.mark.parametrize("threads", [3], indirect=True)
 def test_it_takes_tiles_for_all_threads_when_a_weight_is_small(threads):
     starts = []
