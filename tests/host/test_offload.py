@@ -14,7 +14,7 @@ from .aura_files import make_gguf
 
 @pytest.fixture(scope="module")
 def linear():
-    return load_model(make_gguf("Q4_0")).model.diffusion_model.single_layers[0].attn.w1q
+    return load_model(make_gguf("Q4_0"), torch.float32).model.diffusion_model.single_layers[0].attn.w1q
 
 
 def test_gathering_into_one_buffer_gives_the_weight_back(linear):
@@ -50,7 +50,7 @@ def test_moving_a_module_moves_what_it_holds(linear):
 
 
 def test_size_on_the_device_is_the_packed_size():
-    model = load_model(make_gguf("Q4_0"))
+    model = load_model(make_gguf("Q4_0"), torch.float32)
     packed = [p for p in model.model.diffusion_model.parameters() if is_packed(p) and p._params.quant_type == "Q4_0"]
     assert sum(p.nbytes for p in packed) == sum(p.numel() for p in packed) * 18 // 32
     assert model.model_size() < sum(p.nbytes for p in packed) + 150 * 2**20

@@ -31,7 +31,7 @@ def packed(path):
 @pytest.fixture(scope="module")
 def wide():
     """Of full width, so that final_linear is large enough to stay packed, for what is counted and not computed."""
-    return load_model(make_gguf("Q4_0"))
+    return load_model(make_gguf("Q4_0"), torch.float32)
 
 
 @pytest.fixture(scope="module")
