@@ -11,7 +11,7 @@ INLINE Floats eights(const int8_t *grid, uint32_t first, uint32_t second) {
     return floats_of_halves(long_at(grid + 8 * first), long_at(grid + 8 * second));
 }
 
-/* four entries of four */
+/* two entries of four */
 INLINE uint64_t two_fours(const int8_t *grid, uint32_t first, uint32_t second) {
     return word_at((const uint8_t *)grid + 4 * first) | (uint64_t)word_at((const uint8_t *)grid + 4 * second) << 32;
 }
