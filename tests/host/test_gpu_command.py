@@ -8,7 +8,7 @@ import comfy
 import pytest
 import torch
 from auraflow_gguf.benchmarks.gpu import comfyui_step, vram
-from auraflow_gguf.benchmarks.gpu.setting import Setting
+from auraflow_gguf.benchmarks.gpu.setting import LeftOut, Setting
 
 SETTING = Setting(torch.device("cpu"), quick=True, types=("Q4_K",), comfyui=Path(comfy.__path__[0]).parent)
 
@@ -22,11 +22,9 @@ def test_a_row_for_each_way():
 
 @pytest.mark.host_independent
 def test_int8_that_the_device_does_not_have_is_left_out_in_words(monkeypatch):
-    monkeypatch.setattr(comfyui_step, "WAYS", ("int8",))
     monkeypatch.setattr("auraflow_gguf.loader.comfyui.int8.install", lambda *_: "there are no products of int8")
-    _, row = comfyui_step.step(SETTING)
-    assert row == {"weights": "Q4_K", "way": "int8", "left_out": row["left_out"]}
-    assert "the log says why" in row["left_out"]
+    with pytest.raises(LeftOut, match="the log says why"):
+        comfyui_step._loaded("Q4_K", "int8", SETTING)
 
 
 def test_sampling_with_the_static_patcher():
