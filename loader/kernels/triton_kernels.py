@@ -32,6 +32,8 @@ ROTATED_AT_ONCE = 4096
 WEIGHT_ROWS, WEIGHT_COLUMNS = 8, 256
 SUMS = 64
 
+MOST_REGISTERS = 255  # that a thread of NVIDIA's can have
+
 
 class Formula(NamedTuple):
     """A type's device function, see ``triton_formulas``, and the name of the grid that is its table."""
@@ -105,7 +107,7 @@ def linear_into(
     """
     formula = FORMULAS[quant_type.name]
     input_rows, weight_rows = out.shape
-    tile, options = linear_tile(quant_type, input_rows)
+    tile, options = linear_tile(quant_type, input_rows, out.dtype, "hip" if torch.version.hip else "cuda")
     linear_kernel[(triton.cdiv(weight_rows, tile["WEIGHT_ROWS"]),)](
         out,
         input,
@@ -169,18 +171,24 @@ def dequantize_tile(quant_type: QuantType, n_blocks: int) -> tuple[dict[str, int
     return tile | {"BLOCKS": min(tile["BLOCKS"], 1 << n_blocks.bit_length() - 1)}, {"num_warps": 4}
 
 
-def linear_tile(quant_type: QuantType, input_rows: int) -> tuple[dict[str, int], dict[str, int]]:
-    """The same of the multiplying kernel, for a number of rows of input.
+def linear_tile(
+    quant_type: QuantType, input_rows: int, dtype: torch.dtype, backend: str
+) -> tuple[dict[str, int], dict[str, int]]:
+    """The same of the multiplying kernel, for a number of rows of input, their dtype, and ``"cuda"`` or ``"hip"``.
 
     Each thread keeps a sum for every row of input and its share of the tile. The more rows, the more threads share a
-    tile, and then the smaller it is, so that no thread has more than `SUMS` of them and its registers suffice.
+    tile, and then the smaller it is, so that no thread has more than `SUMS` of them and its registers suffice. NVIDIA's
+    compiler spills some of float32 all the same, to have more threads at once, unless it is told that it may take all.
     """
     rows = triton.next_power_of_2(input_rows)
     warps, weight_rows = 4, WEIGHT_ROWS
     while rows * weight_rows * WEIGHT_COLUMNS > SUMS * 32 * warps:
         warps, weight_rows = (warps * 2, weight_rows) if warps < 8 else (warps, weight_rows // 2)
     tile = {"INPUT_ROWS": rows, "WEIGHT_ROWS": weight_rows}
-    return _blocks(quant_type, WEIGHT_COLUMNS) | tile, {"num_warps": warps}
+    options = {"num_warps": warps}
+    if dtype == torch.float32 and backend == "cuda":
+        options["maxnreg"] = MOST_REGISTERS
+    return _blocks(quant_type, WEIGHT_COLUMNS) | tile, options
 
 
 def _blocks(quant_type: QuantType, weights: int) -> dict[str, int]:

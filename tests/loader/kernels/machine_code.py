@@ -37,7 +37,6 @@ CARDS = {
 DTYPES = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16}
 MAXIMA, SMOOTHED = "maxima", "smoothed"
 ROTATED = {"*i8": "*i8", MAXIMA: "*fp32", SMOOTHED: "*i8"}
-FEW_ROWS = (1, 2, 4, 8, 16)  # that the multiplying kernel is compiled for
 MANY_BLOCKS = 1 << 20  # as a weight has
 
 
@@ -93,7 +92,9 @@ def compiled(card: str, type_name: str, dtype: str, input_rows: int = 0, *, bias
         dtype = ROTATED[dtype]
     elif input_rows:
         kernel = triton_kernels.linear_kernel
-        constants, options = triton_kernels.linear_tile(QUANT_TYPES[type_name], input_rows)
+        constants, options = triton_kernels.linear_tile(
+            QUANT_TYPES[type_name], input_rows, DTYPES[dtype], target.backend
+        )
     else:
         kernel = triton_kernels.dequantize_kernel
         constants, options = triton_kernels.dequantize_tile(QUANT_TYPES[type_name], MANY_BLOCKS)
