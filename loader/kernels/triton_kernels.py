@@ -32,7 +32,10 @@ ROTATED_AT_ONCE = 4096
 WEIGHT_ROWS, WEIGHT_COLUMNS = 8, 256
 SUMS = 64
 
-MOST_REGISTERS = 255  # that a thread of NVIDIA's can have
+# Registers that a thread of NVIDIA's can have. Where its compiler is told so, it does not spill to have more threads.
+MOST_REGISTERS = 255
+
+BACKEND = "hip" if torch.version.hip else "cuda"
 
 
 class Formula(NamedTuple):
@@ -107,7 +110,7 @@ def linear_into(
     """
     formula = FORMULAS[quant_type.name]
     input_rows, weight_rows = out.shape
-    tile, options = linear_tile(quant_type, input_rows, out.dtype, "hip" if torch.version.hip else "cuda")
+    tile, options = linear_tile(quant_type, input_rows, out.dtype, BACKEND)
     linear_kernel[(triton.cdiv(weight_rows, tile["WEIGHT_ROWS"]),)](
         out,
         input,
@@ -141,7 +144,7 @@ def rotate_into(
     """
     formula = FORMULAS[quant_type.name]
     groups = packed.numel() // quant_type.type_size * quant_type.block_size // GROUP
-    tile, options = rotate_tile(quant_type)
+    tile, options = rotate_tile(quant_type, BACKEND)
     rotate_kernel[(triton.cdiv(groups, tile["GROUPS"]),)](
         out,
         packed,
@@ -156,10 +159,10 @@ def rotate_into(
     )
 
 
-def rotate_tile(quant_type: QuantType) -> tuple[dict[str, int], dict[str, int]]:
-    """What a program of the rotating kernel takes: its constants, and the options of its launch."""
+def rotate_tile(quant_type: QuantType, backend: str) -> tuple[dict[str, int], dict[str, int]]:
+    """What a program of the rotating kernel takes: its constants, and the options of its launch by a `BACKEND`."""
     sizes = {"BLOCK_SIZE": quant_type.block_size, "TYPE_SIZE": quant_type.type_size}
-    return sizes | {"GROUPS": ROTATED_AT_ONCE // GROUP}, {"num_warps": 4}
+    return sizes | {"GROUPS": ROTATED_AT_ONCE // GROUP}, {"num_warps": 4, **_all_registers(backend)}
 
 
 def dequantize_tile(quant_type: QuantType, n_blocks: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -174,21 +177,22 @@ def dequantize_tile(quant_type: QuantType, n_blocks: int) -> tuple[dict[str, int
 def linear_tile(
     quant_type: QuantType, input_rows: int, dtype: torch.dtype, backend: str
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """The same of the multiplying kernel, for a number of rows of input, their dtype, and ``"cuda"`` or ``"hip"``.
+    """The same of the multiplying kernel, for a number of rows of input and their dtype.
 
     Each thread keeps a sum for every row of input and its share of the tile. The more rows, the more threads share a
-    tile, and then the smaller it is, so that no thread has more than `SUMS` of them and its registers suffice. NVIDIA's
-    compiler spills some of float32 all the same, to have more threads at once, unless it is told that it may take all.
+    tile, and then the smaller it is, so that no thread has more than `SUMS` of them and its registers suffice.
     """
     rows = triton.next_power_of_2(input_rows)
     warps, weight_rows = 4, WEIGHT_ROWS
     while rows * weight_rows * WEIGHT_COLUMNS > SUMS * 32 * warps:
         warps, weight_rows = (warps * 2, weight_rows) if warps < 8 else (warps, weight_rows // 2)
     tile = {"INPUT_ROWS": rows, "WEIGHT_ROWS": weight_rows}
-    options = {"num_warps": warps}
-    if dtype == torch.float32 and backend == "cuda":
-        options["maxnreg"] = MOST_REGISTERS
-    return _blocks(quant_type, WEIGHT_COLUMNS) | tile, options
+    options = _all_registers(backend) if dtype == torch.float32 else {}
+    return _blocks(quant_type, WEIGHT_COLUMNS) | tile, {"num_warps": warps, **options}
+
+
+def _all_registers(backend: str) -> dict[str, int]:
+    return {"maxnreg": MOST_REGISTERS} if backend == "cuda" else {}
 
 
 def _blocks(quant_type: QuantType, weights: int) -> dict[str, int]:

@@ -86,7 +86,7 @@ def compiled(card: str, type_name: str, dtype: str, input_rows: int = 0, *, bias
     target, formula = CARDS[card], triton_kernels.FORMULAS[type_name]
     if dtype in ROTATED:
         kernel = triton_kernels.rotate_kernel
-        constants, options = triton_kernels.rotate_tile(QUANT_TYPES[type_name])
+        constants, options = triton_kernels.rotate_tile(QUANT_TYPES[type_name], target.backend)
         constants |= {"scales": None} if dtype == MAXIMA else {}
         constants |= {} if dtype == SMOOTHED else {"smoothing": None}
         dtype = ROTATED[dtype]

@@ -48,7 +48,7 @@ else:
         ),
         *((card, "IQ3_S", "*fp32", 0) for card in ("sm_75", "sm_120", "gfx1100")),
         *((card, "Q4_K", "*i8", 0) for card in ("sm_75", "sm_86", "sm_120", "gfx90a", "gfx1100")),
-        *((card, "Q4_K", "smoothed", 0) for card in ("sm_86", "gfx1100")),
+        *((card, "Q4_K", "smoothed", 0) for card in ("sm_86", "sm_120", "gfx1100")),
         *((card, "Q5_1", "*fp32", 8) for card in ("sm_120", "gfx1201")),
         ("sm_90", "IQ2_S", "*i8", 0),
         ("sm_89", "Q6_K", "maxima", 0),
