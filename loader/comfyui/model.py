@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import os
+from collections.abc import Mapping
 
 import comfy.model_management
 import comfy.sd
@@ -62,13 +63,15 @@ def load_model(
     file, matched = open_checked(path, AURAFLOW)
     log_skipped(matched, file.path)
     dtype = compute_dtype or _chosen_dtype(matched)
+    weights = readable(state_dict(file, matched, dtype), file, matched, disable_dynamic)
     patcher = comfy.sd.load_diffusion_model_state_dict(
-        readable(state_dict(file, matched, dtype), file, matched, disable_dynamic),
+        dict(weights),  # which ComfyUI empties
         model_options={"dtype": dtype, "custom_operations": GGUFOps},
         disable_dynamic=disable_dynamic,
     )
     # The weights show `dtype` as theirs, and so that is what the model computes in.
     patcher.model.manual_cast_dtype = None
+    _take_bare_parameters(patcher.model.diffusion_model, weights)
     patcher = for_packed_weights(patcher)
     arguments = (os.fspath(path), compute_dtype, modulation_cache, matrix_mult)
     patcher.cached_patcher_init = (functools.partial(load_model, int8_even_if_slower=int8_even_if_slower), arguments)
@@ -85,6 +88,14 @@ def load_model(
             patcher.model_size() / 2**20,
         )
     return patcher
+
+
+def _take_bare_parameters(transformer: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """In place of the copies that ComfyUI has made of them, where nothing but the memory differs."""
+    for name, copy in list(transformer.named_parameters(recurse=False)):
+        weight = weights[name]
+        if (copy.device, copy.dtype, copy.shape) == (weight.device, weight.dtype, weight.shape):
+            setattr(transformer, name, torch.nn.Parameter(weight, requires_grad=False))
 
 
 def _chosen_dtype(matched: Match) -> torch.dtype:

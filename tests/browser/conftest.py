@@ -43,12 +43,25 @@ def shared_editor() -> Iterator[Editor]:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Keep a picture of what the browser showed when a test failed."""
     report = yield
-    if report.failed and report.when == "call" and "editor" in item.funcargs:
+    if report.failed and report.when == "call" and item.funcargs.keys() & {"editor", "same_editor"}:
         path = cache_folder() / "browser" / f"{re.sub(r'[^a-z0-9]+', '-', item.name.lower())}.png"
         path.parent.mkdir(exist_ok=True)
-        item.funcargs["editor"].page.screenshot(path=path)
+        item.funcargs["shared_editor"].page.screenshot(path=path)
         report.sections.append(("the browser showed", str(path)))
     return report
+
+
+@pytest.fixture
+def same_editor(shared_editor: Editor, server: Server) -> Iterator[Editor]:
+    """The editor with an empty graph, loaded by the first of the tests in a row that share it."""
+    shared_editor.errors.clear()
+    if shared_editor.page.evaluate("() => window.isShared"):
+        shared_editor.clear()
+    else:
+        shared_editor.open(server.url)
+        shared_editor.page.evaluate("() => { window.isShared = true; }")
+    yield shared_editor
+    assert shared_editor.errors == []
 
 
 @pytest.fixture

@@ -50,13 +50,15 @@ def open_help(editor: Editor, class_type: str) -> Locator:
 
 
 @pytest.mark.parametrize("class_type", in_every_frontend(NODES, str))
-def test_a_node_is_found_placed_and_explained(editor: Editor, class_type: str) -> None:
-    place(editor, class_type)
-    page = open_help(editor, class_type)
+def test_a_node_is_found_placed_and_explained(same_editor: Editor, class_type: str) -> None:
+    place(same_editor, class_type)
+    page = open_help(same_editor, class_type)
     expect(page.locator("h1")).to_have_text(NODES[class_type]["display_name"])
     picture = page.locator("img")
     picture.scroll_into_view_if_needed()
-    editor.page.wait_for_function("image => image.complete && image.naturalWidth > 100", arg=picture.element_handle())
+    same_editor.page.wait_for_function(
+        "image => image.complete && image.naturalWidth > 100", arg=picture.element_handle()
+    )
 
 
 def test_it_speaks_chinese(editor: Editor, server: Server) -> None:
