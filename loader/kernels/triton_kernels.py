@@ -32,10 +32,9 @@ ROTATED_AT_ONCE = 4096
 WEIGHT_ROWS, WEIGHT_COLUMNS = 8, 256
 SUMS = 64
 
-# Registers that a thread of NVIDIA's can have. Where its compiler is told so, it does not spill to have more threads.
-MOST_REGISTERS = 255
-
-BACKEND = "hip" if torch.version.hip else "cuda"
+# For a kernel of which NVIDIA's compiler would rather spill some registers, to have more threads at once.
+ALL_REGISTERS = {"maxnreg": 255}
+_spilling: set[tuple] = set()
 
 
 class Formula(NamedTuple):
@@ -88,9 +87,9 @@ def dequantize_into(out: torch.Tensor, packed: torch.Tensor, quant_type: QuantTy
     formula = FORMULAS[quant_type.name]
     n_blocks = packed.numel() // quant_type.type_size
     tile, options = dequantize_tile(quant_type, n_blocks)
-    dequantize_kernel[(triton.cdiv(n_blocks, tile["BLOCKS"]),)](
-        out, packed, formula.table(packed.device), n_blocks, WEIGHTS=formula.weights, **tile, **options
-    )
+    programs = triton.cdiv(n_blocks, tile["BLOCKS"])
+    arguments = (out, packed, formula.table(packed.device), n_blocks)
+    _launch(dequantize_kernel, programs, arguments, (quant_type.name,), options, WEIGHTS=formula.weights, **tile)
 
 
 def linear_into(
@@ -110,20 +109,12 @@ def linear_into(
     """
     formula = FORMULAS[quant_type.name]
     input_rows, weight_rows = out.shape
-    tile, options = linear_tile(quant_type, input_rows, out.dtype, BACKEND)
-    linear_kernel[(triton.cdiv(weight_rows, tile["WEIGHT_ROWS"]),)](
-        out,
-        input,
-        packed,
-        formula.table(packed.device),
-        bias,
-        input_rows,
-        weight_rows,
-        packed.shape[1] // quant_type.type_size,
-        WEIGHTS=formula.weights,
-        **tile,
-        **options,
-    )
+    tile, options = linear_tile(quant_type, input_rows)
+    programs = triton.cdiv(weight_rows, tile["WEIGHT_ROWS"])
+    row_blocks = packed.shape[1] // quant_type.type_size
+    arguments = (out, input, packed, formula.table(packed.device), bias, input_rows, weight_rows, row_blocks)
+    variant = (quant_type.name, tile["INPUT_ROWS"], bias is None)
+    _launch(linear_kernel, programs, arguments, variant, options, WEIGHTS=formula.weights, **tile)
 
 
 def rotate_into(
@@ -144,25 +135,32 @@ def rotate_into(
     """
     formula = FORMULAS[quant_type.name]
     groups = packed.numel() // quant_type.type_size * quant_type.block_size // GROUP
-    tile, options = rotate_tile(quant_type, BACKEND)
-    rotate_kernel[(triton.cdiv(groups, tile["GROUPS"]),)](
-        out,
-        packed,
-        formula.table(packed.device),
-        scales,
-        smoothing,
-        groups,
-        groups // max(1, len(packed)),
-        WEIGHTS=formula.weights,
-        **tile,
-        **options,
-    )
+    tile, options = rotate_tile(quant_type)
+    programs, row_groups = triton.cdiv(groups, tile["GROUPS"]), groups // max(1, len(packed))
+    arguments = (out, packed, formula.table(packed.device), scales, smoothing, groups, row_groups)
+    variant = (quant_type.name, smoothing is None)
+    _launch(rotate_kernel, programs, arguments, variant, options, WEIGHTS=formula.weights, **tile)
 
 
-def rotate_tile(quant_type: QuantType, backend: str) -> tuple[dict[str, int], dict[str, int]]:
-    """What a program of the rotating kernel takes: its constants, and the options of its launch by a `BACKEND`."""
+def _launch(kernel, programs: int, arguments: tuple, variant: tuple, options: dict[str, int], **constants) -> None:
+    """Launch a kernel; one that turns out to spill registers has all of them from the next launch on.
+
+    Args:
+        arguments: its tensors and numbers, first of all what it writes.
+        variant: what the compiled code depends on besides the kernel, and the device and dtype of what is written.
+    """
+    variant = (kernel.__name__, arguments[0].device, arguments[0].dtype, *variant)
+    if variant in _spilling:
+        options = options | ALL_REGISTERS
+    launched = kernel[(programs,)](*arguments, **constants, **options)
+    if torch.version.hip is None and getattr(launched, "n_spills", 0):
+        _spilling.add(variant)
+
+
+def rotate_tile(quant_type: QuantType) -> tuple[dict[str, int], dict[str, int]]:
+    """What a program of the rotating kernel takes: its constants, and the options of its launch."""
     sizes = {"BLOCK_SIZE": quant_type.block_size, "TYPE_SIZE": quant_type.type_size}
-    return sizes | {"GROUPS": ROTATED_AT_ONCE // GROUP}, {"num_warps": 4, **_all_registers(backend)}
+    return sizes | {"GROUPS": ROTATED_AT_ONCE // GROUP}, {"num_warps": 4}
 
 
 def dequantize_tile(quant_type: QuantType, n_blocks: int) -> tuple[dict[str, int], dict[str, int]]:
@@ -174,10 +172,8 @@ def dequantize_tile(quant_type: QuantType, n_blocks: int) -> tuple[dict[str, int
     return tile | {"BLOCKS": min(tile["BLOCKS"], 1 << n_blocks.bit_length() - 1)}, {"num_warps": 4}
 
 
-def linear_tile(
-    quant_type: QuantType, input_rows: int, dtype: torch.dtype, backend: str
-) -> tuple[dict[str, int], dict[str, int]]:
-    """The same of the multiplying kernel, for a number of rows of input and their dtype.
+def linear_tile(quant_type: QuantType, input_rows: int) -> tuple[dict[str, int], dict[str, int]]:
+    """The same of the multiplying kernel, for a number of rows of input.
 
     Each thread keeps a sum for every row of input and its share of the tile. The more rows, the more threads share a
     tile, and then the smaller it is, so that no thread has more than `SUMS` of them and its registers suffice.
@@ -187,12 +183,7 @@ def linear_tile(
     while rows * weight_rows * WEIGHT_COLUMNS > SUMS * 32 * warps:
         warps, weight_rows = (warps * 2, weight_rows) if warps < 8 else (warps, weight_rows // 2)
     tile = {"INPUT_ROWS": rows, "WEIGHT_ROWS": weight_rows}
-    options = _all_registers(backend) if dtype == torch.float32 else {}
-    return _blocks(quant_type, WEIGHT_COLUMNS) | tile, {"num_warps": warps, **options}
-
-
-def _all_registers(backend: str) -> dict[str, int]:
-    return {"maxnreg": MOST_REGISTERS} if backend == "cuda" else {}
+    return _blocks(quant_type, WEIGHT_COLUMNS) | tile, {"num_warps": warps}
 
 
 def _blocks(quant_type: QuantType, weights: int) -> dict[str, int]:

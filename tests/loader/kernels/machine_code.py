@@ -73,7 +73,7 @@ def _bytes_moved(instruction: str, kind: str) -> int:
 
 
 def compiled(card: str, type_name: str, dtype: str, input_rows: int = 0, *, bias: bool = False) -> MachineCode:
-    """The code of a kernel, as a launch would have it.
+    """The code of a kernel, as a launch would have it, after the first.
 
     Args:
         card: one of `CARDS`.
@@ -86,15 +86,13 @@ def compiled(card: str, type_name: str, dtype: str, input_rows: int = 0, *, bias
     target, formula = CARDS[card], triton_kernels.FORMULAS[type_name]
     if dtype in ROTATED:
         kernel = triton_kernels.rotate_kernel
-        constants, options = triton_kernels.rotate_tile(QUANT_TYPES[type_name], target.backend)
+        constants, options = triton_kernels.rotate_tile(QUANT_TYPES[type_name])
         constants |= {"scales": None} if dtype == MAXIMA else {}
         constants |= {} if dtype == SMOOTHED else {"smoothing": None}
         dtype = ROTATED[dtype]
     elif input_rows:
         kernel = triton_kernels.linear_kernel
-        constants, options = triton_kernels.linear_tile(
-            QUANT_TYPES[type_name], input_rows, DTYPES[dtype], target.backend
-        )
+        constants, options = triton_kernels.linear_tile(QUANT_TYPES[type_name], input_rows)
     else:
         kernel = triton_kernels.dequantize_kernel
         constants, options = triton_kernels.dequantize_tile(QUANT_TYPES[type_name], MANY_BLOCKS)
@@ -110,8 +108,13 @@ def compiled(card: str, type_name: str, dtype: str, input_rows: int = 0, *, bias
         if signature[name].startswith("*")
     }
     source = triton.compiler.ASTSource(kernel, signature, constants, aligned)
-    asm = triton.compile(source, target=target, options=options).asm
-    return _of_nvidia(asm) if target.backend == "cuda" else _of_amd(asm)
+    if target.backend == "hip":
+        return _of_amd(triton.compile(source, target=target, options=options).asm)
+    code = _of_nvidia(triton.compile(source, target=target, options=options).asm)
+    if code.spilled:
+        options = options | triton_kernels.ALL_REGISTERS
+        code = _of_nvidia(triton.compile(source, target=target, options=options).asm)
+    return code
 
 
 def _of_nvidia(asm: dict) -> MachineCode:

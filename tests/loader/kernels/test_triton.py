@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -54,6 +55,35 @@ def test_a_full_device_does_not_end_triton_there(monkeypatch):
     with pytest.raises(RuntimeError, match="out of memory"):
         gpu._launched(full, torch.device("cpu"))
     assert not gpu._without_triton
+
+
+@needs_triton
+@pytest.mark.parametrize("hip", [None, "7.0"])
+def test_a_kernel_that_spills_has_all_registers_from_its_next_launch_on(hip, monkeypatch):
+    from auraflow_gguf.loader.kernels import triton_kernels
+
+    class Compiled:
+        """As Triton gives one that is launched: this spills wherever its registers are the compiler's to choose."""
+
+        __name__ = "compiled"
+
+        def __getitem__(self, grid):
+            return self.launch
+
+        def launch(self, out, *, KIND, num_warps, maxnreg=None):
+            launches.append((out.dtype, KIND, maxnreg))
+            return SimpleNamespace(n_spills=2 if maxnreg is None and KIND == "spilling" else 0)
+
+    launches, expected = [], []
+    monkeypatch.setattr(triton_kernels, "_spilling", set())
+    monkeypatch.setattr(torch.version, "hip", hip)
+    for turn in range(3):
+        for dtype in (torch.float32, torch.bfloat16):
+            for variant in ("spilling", "other"):
+                out = torch.empty(4, dtype=dtype)
+                triton_kernels._launch(Compiled(), 1, (out,), (variant,), {"num_warps": 4}, KIND=variant)
+                expected.append((dtype, variant, 255 if turn and variant == "spilling" and not hip else None))
+    assert launches == expected
 
 
 @pytest.fixture
