@@ -50,7 +50,6 @@ def encode(clip, length) -> torch.Tensor:
     ("type_name", "lengths", "modes"),
     [
         ("Q8_0", LENGTHS, ("full", "lowvram")),
-        pytest.param("Q6_K", (77,), ("full", "lowvram"), marks=pytest.mark.host_independent),
         pytest.param("Q4_K", (256,), ("full", "lowvram"), marks=pytest.mark.host_independent),
         ("F16", (77,), ("full", "lowvram", "partial unload", "reload")),
     ],
