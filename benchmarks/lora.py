@@ -17,10 +17,10 @@ TYPES = ("Q8_0", "Q4_K")
 DENSE = "dense"
 STACKS = (1, 4)
 RANK = 16
-SETTING = {"size": 64, "tokens": 77}  # 32 × 32 = 1024 image tokens
+SETTING = {"size": 32, "tokens": 64}  # 16 × 16 = 256 image tokens, where it adds most
 SETTING_TEXT = (
     f"LoRAs of rank {RANK} on all 24 block linears of AuraFlow of 1 double and 1 single layer at full width, "
-    "1024 image and 77 text tokens (512²), batch 1, float32"
+    "256 image and 64 text tokens (256²), batch 1, float32"
 )
 
 

@@ -163,12 +163,24 @@ def choose_model(editor: Editor, name: str) -> None:
 
 
 def prepare(editor: Editor, case: str) -> None:
-    """Show a template in the size of the tests, and with our loader for the text encoder, a GGUF file."""
+    """Show a template in the size of the tests, with our loader for the text encoder, a GGUF file, and with texts at
+    their own length."""
     graph = template_graph(case)
     for node in graph["nodes"]:
         if node["type"] == "CLIPLoader":
             node |= {"type": "AuraFlowGGUFTextEncoderLoader", "widgets_values": [cached_text_encoder().name]}
     editor.load(graph)
+    editor.page.evaluate(
+        """() => {
+            const texts = app.graph.nodes.filter((node) => node.type === "CLIPTextEncode");
+            const options = LiteGraph.createNode("T5TokenizerOptions");
+            options.pos = [0, 60 + Math.max(...app.graph.nodes.map((node) => node.pos[1] + node.size[1]))];
+            app.graph.add(options);
+            app.graph.nodes.find((node) => node.type === "AuraFlowGGUFTextEncoderLoader").connect(0, options, 0);
+            for (const text of texts) options.connect(0, text, text.findInputSlot("clip"));
+        }"""
+    )
+    editor.set_widgets("T5TokenizerOptions", min_padding=0, min_length=1)
     for node in small(load_workflow(case)).values():
         values = {name: value for name, value in node["inputs"].items() if not isinstance(value, list)}
         if node["class_type"] not in ("CLIPTextEncode", "AuraFlowGGUFLoader"):

@@ -211,20 +211,22 @@ def _troubles(server: Server) -> dict[str, Workflow]:
     write_flux(folder / "trouble-flux.gguf")
     write_truncated(folder / "trouble-cut.gguf")
     write_hollow(folder / "trouble-label.gguf", "Q4_0")
-    content = (folder / "trouble-label.gguf").read_bytes()[: 1 << 16]
-    key = content.index(b"aura.block_count") + len(b"aura.block_count") + 4
     with open(folder / "trouble-label.gguf", "r+b") as file:
-        file.seek(key)
+        key = b"aura.block_count"
+        file.seek(file.read(1 << 16).index(key) + len(key) + 4)
         file.write((35).to_bytes(4, "little"))
     save_file({"lora_unet_blocks_7_attn1.lora_down.weight": torch.ones(2, 8)}, models / "loras" / "trouble.safetensors")
     (folder / "trouble-taken.gguf").touch()
 
-    def load(name: str) -> Workflow:
-        return small(load_workflow("text_to_image")) | {"loader": templates.node("AuraFlowGGUFLoader", model_name=name)}
+    nodes = small(load_workflow("convert_and_save"))
+    convert = nodes["convert"]["inputs"]
 
-    lora = small(load_workflow("text_to_image_lora"))
+    def load(name: str) -> Workflow:
+        save = templates.node("AuraFlowGGUFSave", **{**nodes["save"]["inputs"], "model": ["loader", 0]})
+        return {"loader": templates.node("AuraFlowGGUFLoader", model_name=name), "save": save}
+
+    lora = {name: nodes[name] for name in ("loader", "lora", "save")}
     lora["lora"]["inputs"]["lora_name"] = "trouble.safetensors"
-    convert = small(load_workflow("convert_and_save"))["convert"]["inputs"]
     return {
         "found a Flux transformer, expected an AuraFlow transformer": load("trouble-flux.gguf"),
         "The download is incomplete": load("trouble-cut.gguf"),

@@ -9,7 +9,9 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -48,13 +50,18 @@ class MachineCode:
         text: its assembly: PTX for NVIDIA, GCN for AMD.
         registers: vector registers of a thread.
         spilled: bytes of a thread's registers that are kept in memory.
-        instructions: how many of each there are, by name.
+        names: of the instructions, when they are wanted: taking NVIDIA's code apart takes longer than making it.
     """
 
     text: str
     registers: int
     spilled: int
-    instructions: Counter[str]
+    names: Callable[[], list[str]]
+
+    @cached_property
+    def instructions(self) -> Counter[str]:
+        """How many of each there are, by name."""
+        return Counter(self.names())
 
     def widest(self, kind: str) -> int:
         """Bytes that the widest ``load`` or ``store`` of global memory moves for a thread."""
@@ -118,17 +125,22 @@ def compiled(card: str, type_name: str, dtype: str, input_rows: int = 0, *, bias
 
 
 def _of_nvidia(asm: dict) -> MachineCode:
+    usage = _told_by("cuobjdump", "-res-usage", of=asm["cubin"])
+    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
+
+    def names() -> list[str]:
+        code = _told_by("nvdisasm", "-c", of=asm["cubin"])
+        return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code, re.MULTILINE)
+
+    return MachineCode(asm["ptx"], numbers["REG"], numbers["STACK"] + numbers["LOCAL"], names)
+
+
+def _told_by(tool: str, option: str, *, of: bytes) -> str:
     tools = Path(triton.backends.__file__).parent / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
-        cubin.write_bytes(asm["cubin"])
-        usage = subprocess.run(
-            [tools / "cuobjdump", "-res-usage", cubin], capture_output=True, text=True, check=True
-        ).stdout
-        code = subprocess.run([tools / "nvdisasm", "-c", cubin], capture_output=True, text=True, check=True).stdout
-    numbers = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    names = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]*)", code, re.MULTILINE)
-    return MachineCode(asm["ptx"], numbers["REG"], numbers["STACK"] + numbers["LOCAL"], Counter(names))
+        cubin.write_bytes(of)
+        return subprocess.run([tools / tool, option, cubin], capture_output=True, text=True, check=True).stdout
 
 
 def _of_amd(asm: dict) -> MachineCode:
@@ -138,5 +150,5 @@ def _of_amd(asm: dict) -> MachineCode:
         return int(re.search(rf"^\s*\.{key}:\s+(\d+)", text, re.MULTILINE)[1])
 
     spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count")) + number("private_segment_fixed_size")
-    names = re.findall(r"^\t([a-z]\w+)", text.rpartition("s_endpgm")[0], re.MULTILINE)
-    return MachineCode(text, number("vgpr_count"), spilled, Counter(names))
+    code = text.rpartition("s_endpgm")[0]
+    return MachineCode(text, number("vgpr_count"), spilled, lambda: re.findall(r"^\t([a-z]\w+)", code, re.MULTILINE))
