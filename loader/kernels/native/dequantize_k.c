@@ -19,14 +19,17 @@ DEQUANTIZERS(q2_k, 84, 256)
 
 /* 110 bytes: hmask[32] qs[64] scales[12] d[2]; x = d (s - 32) (q - 4), groups of 16 */
 INLINE void unpack_q3_k(const uint8_t *restrict block, void *restrict out, enum format format) {
-    const float d = scale_at(block + 108);
-    const uint8_t *scales = block + 96;
+    const uint32_t scales[3] = {word_at(block + 96), word_at(block + 100), word_at(block + 104)};
+    const Words low = {scales[0], scales[1], scales[0] >> 4, scales[1] >> 4};
+    const Words high = {scales[2] << 4, scales[2] << 2, scales[2], scales[2] >> 2};
+    const SignedBytes s = (SignedBytes)((low & 0x0f0f0f0f) | (high & 0x30303030)) - 32;
+    float scale[16];
+    put(scale, 0, times(floats_of(s), scale_at(block + 108)), FLOAT32);
     UNROLLED
     for (int i = 0; i < 16; i++) {
-        const int low = scales[i % 8] >> 4 * (i / 8) & 15, high = scales[8 + i % 4] >> 2 * (i / 4) & 3;
         const Bytes qs = bytes_at(block + 32 + 32 * (i / 8) + 16 * (i % 2)), hmask = bytes_at(block + 16 * (i % 2));
         const Bytes q = (qs >> 2 * (i / 2 % 4) & 3) | (hmask >> i / 2 & 1) << 2;
-        put(out, 16 * i, times(floats_of((SignedBytes)q - 4), d * (float)((low | high << 4) - 32)), format);
+        put(out, 16 * i, times(floats_of((SignedBytes)q - 4), scale[i]), format);
     }
 }
 DEQUANTIZERS(q3_k, 110, 256)
@@ -67,13 +70,14 @@ DEQUANTIZERS(q5_k, 176, 256)
 
 /* 210 bytes: ql[128] qh[64] scales[16] d[2]; x = d s (q - 32), groups of 16 */
 INLINE void unpack_q6_k(const uint8_t *restrict block, void *restrict out, enum format format) {
-    const float d = scale_at(block + 208);
+    float scale[16];
+    put(scale, 0, times(floats_of((SignedBytes)bytes_at(block + 192)), scale_at(block + 208)), FLOAT32);
     UNROLLED
     for (int i = 0; i < 16; i++) {
         const Bytes ql = bytes_at(block + 64 * (i / 8) + 16 * (i % 4)), low = i / 4 % 2 ? ql >> 4 : ql & 15;
         const Bytes qh = bytes_at(block + 128 + 32 * (i / 8) + 16 * (i % 2));
         const SignedBytes q = (SignedBytes)(low | (qh >> 2 * (i / 2 % 4) & 3) << 4) - 32;
-        put(out, 16 * i, times(floats_of(q), d * (float)(int8_t)block[192 + i]), format);
+        put(out, 16 * i, times(floats_of(q), scale[i]), format);
     }
 }
 DEQUANTIZERS(q6_k, 210, 256)
