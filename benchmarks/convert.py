@@ -79,7 +79,9 @@ def measure(pairs: int, *, full_size: bool = False) -> dict:
         size = FULL_SIZE if full_size else SMALL
         make_auraflow(source, **size, seed=0)
         alone: dict[str, Quantizer] = {
-            "ggml": lambda rows, quant_type: _in_threads(pool, oracle.quantize, rows, quant_type)
+            "ggml": lambda rows, quant_type: _in_threads(
+                pool, rows, lambda piece, _: oracle.quantize(piece, quant_type)
+            )
         }
         if not full_size:  # this one threads by itself
             alone["libgguf"] = lambda rows, quant_type: libgguf.quantize_rows(rows, quant_type.id)
@@ -106,12 +108,15 @@ def by_type(pairs: int, oracle: ggml.Ggml, pool: ThreadPoolExecutor) -> dict[str
     moments = np.exp(random.standard_normal(TYPE_COLUMNS, np.float32))
 
     def ratio(quant_type: QuantType, importance: np.ndarray | None) -> dict:
-        def alone(piece: np.ndarray, quant_type: QuantType) -> None:
-            oracle.quantize(piece, quant_type, importance)
+        def alone() -> None:
+            packed = np.empty((TYPE_ROWS, quant_type.row_bytes(TYPE_COLUMNS)), np.uint8)
+            _in_threads(
+                pool, rows, lambda piece, begin: oracle.quantize(piece, quant_type, importance, packed[begin:][:ROWS])
+            )
 
         return asdict(
             side_by_side(
-                lambda: _in_threads(pool, alone, rows, quant_type),
+                alone,
                 lambda: quantize(torch.from_numpy(rows), quant_type, importance),
                 pairs,
             )
@@ -148,7 +153,7 @@ def _quantized_tensors(source: Path) -> Iterator[tuple[np.ndarray, QuantType]]:
             yield checkpoint.read(tensor.name).float().numpy(), quant_type
 
 
-def _in_threads(pool: ThreadPoolExecutor, quantizer: Quantizer, rows: np.ndarray, quant_type: QuantType) -> None:
-    pieces = [rows[begin : begin + ROWS] for begin in range(0, len(rows), ROWS)]
-    for _ in pool.map(lambda piece: quantizer(piece, quant_type), pieces):
+def _in_threads(pool: ThreadPoolExecutor, rows: np.ndarray, quantizer: Callable[[np.ndarray, int], object]) -> None:
+    """Calls the quantizer with each piece of the rows, and the first row's number."""
+    for _ in pool.map(lambda begin: quantizer(rows[begin : begin + ROWS], begin), range(0, len(rows), ROWS)):
         pass

@@ -76,10 +76,17 @@ class Ggml:
         # type, source, target, first weight, rows, columns, importance
         self._quantize_chunk.argtypes = [ctypes.c_int, pointer, pointer, integer, integer, integer, pointer]
 
-    def quantize(self, rows: np.ndarray, quant_type: QuantType, moments: np.ndarray | None = None) -> np.ndarray:
-        """``(rows, columns) float32`` → ``(rows, row_bytes) uint8``; ``moments`` is ``(columns,) float32`` or None."""
+    def quantize(
+        self,
+        rows: np.ndarray,
+        quant_type: QuantType,
+        moments: np.ndarray | None = None,
+        packed: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """``(rows, columns) float32`` → ``(rows, row_bytes) uint8``, in ``packed`` where it is given; ``moments`` is
+        ``(columns,) float32`` or None."""
         n_rows, columns = rows.shape
-        packed = np.empty((n_rows, quant_type.row_bytes(columns)), np.uint8)
+        packed = np.empty((n_rows, quant_type.row_bytes(columns)), np.uint8) if packed is None else packed
         importance = None if moments is None else moments.ctypes.data
         size = self._quantize_chunk(quant_type.id, rows.ctypes.data, packed.ctypes.data, 0, n_rows, columns, importance)
         assert size == packed.nbytes
