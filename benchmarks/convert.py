@@ -111,7 +111,9 @@ def by_type(pairs: int, oracle: ggml.Ggml, pool: ThreadPoolExecutor) -> dict[str
         def alone() -> None:
             packed = np.empty((TYPE_ROWS, quant_type.row_bytes(TYPE_COLUMNS)), np.uint8)
             _in_threads(
-                pool, rows, lambda piece, begin: oracle.quantize(piece, quant_type, importance, packed[begin:][:ROWS])
+                pool,
+                rows,
+                lambda piece, begin: oracle.quantize(piece, quant_type, importance, packed[begin : begin + ROWS]),
             )
 
         return asdict(

@@ -91,7 +91,7 @@ def load_model(
 
 
 def _take_bare_parameters(transformer: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """In place of the copies that ComfyUI has made of them, where nothing but the memory differs."""
+    """Put the file's tensors in place of ComfyUI's copies of them, where these differ in nothing but the memory."""
     for name, copy in list(transformer.named_parameters(recurse=False)):
         weight = weights[name]
         if (copy.device, copy.dtype, copy.shape) == (weight.device, weight.dtype, weight.shape):

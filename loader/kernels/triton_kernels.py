@@ -143,18 +143,20 @@ def rotate_into(
 
 
 def _launch(kernel, programs: int, arguments: tuple, variant: tuple, options: dict[str, int], **constants) -> None:
-    """Launch a kernel; one that turns out to spill registers has all of them from the next launch on.
+    """Launch a kernel; one that turns out to spill registers is compiled and launched once more at once, with all of
+    them, and so from then on.
 
     Args:
         arguments: its tensors and numbers, first of all what it writes.
         variant: what the compiled code depends on besides the kernel, and the device and dtype of what is written.
     """
     variant = (kernel.__name__, arguments[0].device, arguments[0].dtype, *variant)
-    if variant in _spilling:
-        options = options | ALL_REGISTERS
-    launched = kernel[(programs,)](*arguments, **constants, **options)
-    if torch.version.hip is None and getattr(launched, "n_spills", 0):
+    if variant not in _spilling:
+        launched = kernel[(programs,)](*arguments, **constants, **options)
+        if torch.version.hip is not None or not getattr(launched, "n_spills", 0):
+            return
         _spilling.add(variant)
+    kernel[(programs,)](*arguments, **constants, **options, **ALL_REGISTERS)
 
 
 def rotate_tile(quant_type: QuantType) -> tuple[dict[str, int], dict[str, int]]:

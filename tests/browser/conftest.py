@@ -43,7 +43,7 @@ def shared_editor() -> Iterator[Editor]:
 def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     """Keep a picture of what the browser showed when a test failed."""
     report = yield
-    if report.failed and report.when == "call" and item.funcargs.keys() & {"editor", "same_editor"}:
+    if report.failed and report.when == "call" and "shared_editor" in item.funcargs:
         path = cache_folder() / "browser" / f"{re.sub(r'[^a-z0-9]+', '-', item.name.lower())}.png"
         path.parent.mkdir(exist_ok=True)
         item.funcargs["shared_editor"].page.screenshot(path=path)

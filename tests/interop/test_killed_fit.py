@@ -87,7 +87,9 @@ def test_a_killed_fit_goes_on_where_it_was(tmp_path):
             (killed / "a.gguf").write_bytes(b"as it was")
             child = fitter.start(killed)
             measuring = counts[-1] < measured and moment < MOMENTS // 2
+            deadline = time.monotonic() + 300
             while measuring and measurements(killed) == counts[-1]:
+                assert time.monotonic() < deadline, "nothing more is measured"
                 time.sleep(0.001)
             time.sleep(moments.uniform(0, durations[0] / 10 if measuring else durations[1]))
             os.kill(child, signal.SIGKILL)

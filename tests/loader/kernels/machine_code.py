@@ -80,7 +80,7 @@ def _bytes_moved(instruction: str, kind: str) -> int:
 
 
 def compiled(card: str, type_name: str, dtype: str, input_rows: int = 0, *, bias: bool = False) -> MachineCode:
-    """The code of a kernel, as a launch would have it, after the first.
+    """The code of a kernel, as a launch would have it in the end.
 
     Args:
         card: one of `CARDS`.

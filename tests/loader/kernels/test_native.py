@@ -32,7 +32,8 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def printed(tmp_path_factory) -> list[Path]:
-    """What the command says that it has compiled, in a folder of caches of its own; in no time where that can be."""
+    """What the command says that it has compiled, in a folder of caches of its own; without optimizing where
+    a script can be the compiler, for it takes a fifth of the time."""
     folder = tmp_path_factory.mktemp("caches")
     variables = {}
     if os.name == "posix":
