@@ -102,13 +102,17 @@ static inline int nearest_int(float value) {
 }
 
 static inline ints at_most(ints values, int most) {
-    const ints mask = values > most;
-    return (mask & most) | (~mask & values);
+    for (int lane = 0; lane < LANES; lane++) {
+        values[lane] = values[lane] < most ? values[lane] : most;
+    }
+    return values;
 }
 
 static inline ints clamped(ints values, int least, int most) {
-    const ints mask = values < least;
-    return at_most((mask & least) | (~mask & values), most);
+    for (int lane = 0; lane < LANES; lane++) {
+        values[lane] = values[lane] > least ? values[lane] : least;
+    }
+    return at_most(values, most);
 }
 
 static inline int clamped_int(int value, int least, int most) {

@@ -9,7 +9,7 @@
  */
 #include "quantize.h"
 
-enum { BLOCK = 32, BLOCKS = CHUNK / BLOCK };
+enum { BLOCK = 32, BLOCKS = CHUNK / BLOCK, PAGE = 4096 / sizeof(float) };
 
 /* the first weight of a block of which this is the value, or the first zero: those have two signs */
 static float first_equal(const float *x, float value) {
@@ -29,29 +29,66 @@ static float first_outermost(const float *x, float size) {
     return size == 0.0f ? 0.0f : x[i];
 }
 
-/* the least and the greatest weight of each block of a chunk */
+typedef float four __attribute__((vector_size(16)));
+
+/* of two vectors the floats at four places: 0 to 3 are the first's, 4 to 7 the second's */
+#if defined(__clang__) || __GNUC__ >= 12
+#define PICKED(first, second, ...) __builtin_shufflevector(first, second, __VA_ARGS__)
+#else
+typedef int32_t places __attribute__((vector_size(16)));
+#define PICKED(first, second, ...) __builtin_shuffle(first, second, (places){__VA_ARGS__})
+#endif
+
+static inline four four_at(const float *from) {
+    four values;
+    memcpy(&values, from, sizeof values);
+    return values;
+}
+
+static inline four lesser_four(four first, four second) {
+    for (int i = 0; i < 4; i++) {
+        first[i] = first[i] < second[i] ? first[i] : second[i];
+    }
+    return first;
+}
+
+/* the least of each of four times LANES floats */
+static inline four least_of_each(const float *from) {
+    four v[4];
+    for (int i = 0; i < 4; i++, from += LANES) {
+        v[i] = four_at(from);
+        for (int lane = 4; lane < LANES; lane += 4) {
+            v[i] = lesser_four(four_at(from + lane), v[i]);
+        }
+    }
+    const four first = lesser_four(PICKED(v[0], v[1], 0, 4, 1, 5), PICKED(v[0], v[1], 2, 6, 3, 7));
+    const four second = lesser_four(PICKED(v[2], v[3], 0, 4, 1, 5), PICKED(v[2], v[3], 2, 6, 3, 7));
+    return lesser_four(PICKED(first, second, 0, 1, 4, 5), PICKED(first, second, 2, 3, 6, 7));
+}
+
+/*
+ * The least and the greatest weight of each block of a chunk. Who comes first asks for the weights of the next page
+ * too: the processor's own prefetching ends with a page.
+ */
 static inline void extremes(const float *x, float *low, float *high) {
-    for (int at = 0; at < BLOCKS; at += LANES, x += LANES * BLOCK) {
-        float lows[LANES * LANES], highs[LANES * LANES];
-        for (int block = 0; block < LANES; block++) {
-            floats least = loaded(x + BLOCK * block), most = least;
+    for (int at = 0; at < BLOCKS; at += 4, x += 4 * BLOCK) {
+        float lows[4 * LANES], highs[4 * LANES];
+        for (int block = 0; block < 4; block++) {
+            const float *own = x + BLOCK * block;
+            __builtin_prefetch(own + PAGE);
+            __builtin_prefetch(own + PAGE + BLOCK / 2);
+            floats least = loaded(own), most = least;
             for (int i = LANES; i < BLOCK; i += LANES) {
-                const floats next = loaded(x + BLOCK * block + i);
+                const floats next = loaded(own + i);
                 least = lesser(next, least);
                 most = greater(next, most);
             }
             store(lows + LANES * block, least);
-            store(highs + LANES * block, most);
+            store(highs + LANES * block, -most);
         }
-        floats least[LANES], most[LANES];
-        load(lows, LANES, least);
-        load(highs, LANES, most);
-        for (int i = 1; i < LANES; i++) {
-            least[0] = lesser(least[i], least[0]);
-            most[0] = greater(most[i], most[0]);
-        }
-        store(low + at, least[0]);
-        store(high + at, most[0]);
+        const four least = least_of_each(lows), most = -least_of_each(highs);
+        memcpy(low + at, &least, sizeof least);
+        memcpy(high + at, &most, sizeof most);
     }
 }
 
@@ -59,17 +96,22 @@ static inline void extremes(const float *x, float *low, float *high) {
 static inline void scale_by_extremes(const Chunk *chunk, int bits, bool offset, float *d, float *inverse, float *low) {
     float high[BLOCKS];
     extremes(chunk->x, low, high);
-    for (int block = 0; block < BLOCKS; block++) {
-        const float *x = chunk->x + BLOCK * block;
-        if (offset) {
-            low[block] = low[block] == 0.0f ? first_equal(x, 0.0f) : low[block];
-            high[block] = high[block] == 0.0f ? first_equal(x, 0.0f) : high[block];
-        } else if (-low[block] == high[block]) {
-            high[block] = first_outermost(x, high[block]);
-        }
-    }
     for (int at = 0; at < BLOCKS; at += LANES) {
-        const floats least = loaded(low + at), most = loaded(high + at);
+        floats least = loaded(low + at), most = loaded(high + at);
+        const ints two_signs = offset ? (least == 0.0f) | (most == 0.0f) : -least == most;
+        if (any(two_signs)) {
+            for (int block = at; block < at + LANES; block++) {
+                const float *x = chunk->x + BLOCK * block;
+                if (offset) {
+                    low[block] = low[block] == 0.0f ? first_equal(x, 0.0f) : low[block];
+                    high[block] = high[block] == 0.0f ? first_equal(x, 0.0f) : high[block];
+                } else if (-low[block] == high[block]) {
+                    high[block] = first_outermost(x, high[block]);
+                }
+            }
+            least = loaded(low + at);
+            most = loaded(high + at);
+        }
         floats scale;
         if (offset) {
             scale = (most - least) / (float)((1 << bits) - 1);
@@ -84,6 +126,7 @@ static inline void scale_by_extremes(const Chunk *chunk, int bits, bool offset, 
 
 /* q of (x - low) inverse, rounded down after `half` is added, in ggml's eight bits: 0 of what is none */
 static inline void round_down(const float *x, float low, float inverse, float half, int most, int32_t *q) {
+    UNROLLED
     for (int i = 0; i < BLOCK; i += LANES) {
         const ints rounded = __builtin_convertvector((loaded(x + i) - low) * inverse + half, ints);
         store_ints(q + i, at_most(rounded & 255, most));
@@ -91,12 +134,12 @@ static inline void round_down(const float *x, float low, float inverse, float ha
 }
 
 /* the fifth bit of each weight of a block */
-static inline void write_fifth_bits(uint8_t *to, const int32_t *q) {
-    uint32_t high = 0;
+static inline uint32_t fifth_bits(const int32_t *q) {
+    uint32_t bits = 0;
     for (int i = 0; i < BLOCK; i++) {
-        high |= (uint32_t)(q[i] >> 4 & 1) << i;
+        bits |= (uint32_t)(q[i] >> 4 & 1) << i;
     }
-    memcpy(to, &high, 4);
+    return bits;
 }
 
 static inline void halves_in(const float *values, int32_t *halves) {
@@ -136,19 +179,24 @@ static inline void quantize_bits(const Chunk *chunk, int bits, bool offset) {
     int32_t half_d[BLOCKS], half_low[BLOCKS];
     halves_in(d, half_d);
     halves_in(low, half_low);
-    int32_t q[CHUNK], pairs[CHUNK / 2];
+    int32_t pairs[CHUNK / 2];
+    uint32_t fifth[BLOCKS];
     for (int block = 0; block < BLOCKS; block++) {
         const float *x = chunk->x + BLOCK * block;
-        int32_t *own = q + BLOCK * block;
+        int32_t q[BLOCK];
         if (chunk->moments) {
-            round_as_found(&found, block, x, BLOCK, offset ? 0 : -middle, offset ? most : middle - 1, own);
+            round_as_found(&found, block, x, BLOCK, offset ? 0 : -middle, offset ? most : middle - 1, q);
         } else if (offset) {
-            round_down(x, low[block], inverse[block], 0.5f, bits == 4 ? most : 255, own);
+            round_down(x, low[block], inverse[block], 0.5f, bits == 4 ? most : 255, q);
         } else {
-            round_down(x, 0.0f, inverse[block], (float)middle + 0.5f, most, own);
+            round_down(x, 0.0f, inverse[block], (float)middle + 0.5f, most, q);
         }
+        UNROLLED
         for (int i = 0; i < 16; i += LANES) {
-            store_ints(pairs + 16 * block + i, (loaded_ints(own + i) & 15) | loaded_ints(own + 16 + i) << 4);
+            store_ints(pairs + 16 * block + i, (loaded_ints(q + i) & 15) | loaded_ints(q + 16 + i) << 4);
+        }
+        if (bits == 5) {
+            fifth[block] = fifth_bits(q);
         }
     }
     uint8_t qs[CHUNK / 2];
@@ -160,7 +208,7 @@ static inline void quantize_bits(const Chunk *chunk, int bits, bool offset) {
             write_half_bits(out + 2, half_low[block]);
         }
         if (bits == 5) {
-            write_fifth_bits(out + bytes - 20, q + BLOCK * block);
+            memcpy(out + bytes - 20, fifth + block, 4);
         }
         memcpy(out + bytes - 16, qs + 16 * block, 16);
     }
