@@ -21,7 +21,7 @@ IN_C = {
     **dict.fromkeys(("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"), "quantize_k.c"),
     **dict.fromkeys(("IQ4_NL", "IQ4_XS"), "quantize_iq4.c"),
 }
-ROWS = 64  # that a thread takes at a time
+ROWS = 128  # that a thread takes at a time
 
 
 def quantize(rows: torch.Tensor, quant_type: QuantType, moments: np.ndarray | None = None) -> np.ndarray:
@@ -35,8 +35,8 @@ def quantize(rows: torch.Tensor, quant_type: QuantType, moments: np.ndarray | No
     rows = rows.contiguous()
     n_rows, columns = rows.shape
     packed = np.empty((n_rows, quant_type.row_bytes(columns)), dtype=np.uint8)
-    source = IN_C.get(quant_type.name)
-    in_c = native.function(source, f"quantize_{quant_type.name.lower()}") if source else None
+    file = IN_C.get(quant_type.name)
+    in_c = native.function(file, f"quantize_{quant_type.name.lower()}") if file else None
     if in_c is None:
         libgguf.quantize_rows_into_raw(quant_type.id, rows.numpy(), packed, n_rows, columns, moments)
         return packed
@@ -44,8 +44,11 @@ def quantize(rows: torch.Tensor, quant_type: QuantType, moments: np.ndarray | No
     moments = None if moments is None else np.ascontiguousarray(moments, np.float32)
     importance = None if moments is None else moments.ctypes.data
 
+    rows_at, packed_at = rows.data_ptr(), packed.ctypes.data
+    row_bytes, packed_bytes = rows.element_size() * columns, packed.shape[1]
+
     def quantize_tile(start: int, stop: int) -> None:
-        in_c(rows[start:].data_ptr(), importance, packed[start:].ctypes.data, stop - start, columns)
+        in_c(rows_at + start * row_bytes, importance, packed_at + start * packed_bytes, stop - start, columns)
 
     in_tiles(quantize_tile, n_rows, ROWS)
     return packed
