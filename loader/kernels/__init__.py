@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from ..quant_types import QUANT_TYPES, QuantType
+from ..quant_types import QUANT_TYPES, STORED_DTYPES, QuantType
 from . import cpu, gpu
 
 
@@ -41,7 +41,7 @@ def add_low_rank(output: torch.Tensor, input: torch.Tensor, down: torch.Tensor, 
     """``output += input @ down.T @ up.T``.
 
     Args:
-        output: ``(…, out_features)``, contiguous.
+        output: ``(…, out_features)``, contiguous or as `packed_linear` gives it.
         input: ``(…, in_features)``.
         down, up: ``(rank, in_features)`` and ``(out_features, rank)``, all of one dtype and device.
     """
@@ -66,6 +66,8 @@ def _linear_operator(input, packed, quant_type, bias):
 
 @_linear_operator.register_fake
 def _(input, packed, quant_type, bias):
+    if input.device.type == "cpu" and STORED_DTYPES.get(quant_type) != input.dtype:
+        return cpu.new_product(input, packed.shape[0])
     return input.new_empty(*input.shape[:-1], packed.shape[0])
 
 

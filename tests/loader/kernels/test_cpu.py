@@ -12,7 +12,7 @@ from pathlib import Path
 import libgguf
 import pytest
 import torch
-from auraflow_gguf.loader.kernels import cpu, native, packed_linear
+from auraflow_gguf.loader.kernels import add_low_rank, cpu, native, packed_linear
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 
 from ...compiled import build_or_skip
@@ -103,6 +103,26 @@ def test_dtypes_and_shapes(threads, dtype, shape):
     expected = torch.nn.functional.linear(x, quant_type.dequantize(packed, dtype))
     assert out.dtype == dtype
     torch.testing.assert_close(out, expected, rtol=1e-2, atol=1e-4 if dtype.itemsize > 2 else 0.5)
+
+
+@pytest.mark.parametrize("shape", [(COLUMNS,), (2, 9, COLUMNS), (0, COLUMNS)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_whole_pages_are_further_apart(dtype, shape):
+    rows, quant_type = cpu.PAGE // dtype.itemsize, QUANT_TYPES["Q8_0"]
+    packed = quantized_rows("Q8_0").repeat(-(-rows // ROWS), 1)[:rows]
+    x, bias, down, up = (torch.randn(size).to(dtype) for size in (shape, rows, (3, COLUMNS), (rows, 3)))
+    expected = torch.nn.functional.linear(x, quant_type.dequantize(packed, dtype), bias)
+    near = {"rtol": 2e-2, "atol": 1e-3 if dtype == torch.float32 else 1}
+
+    out = packed_linear(x, packed, quant_type, bias)
+    torch.testing.assert_close(out, expected, **near)
+    assert out.untyped_storage().nbytes() == x[..., 0].numel() * (cpu.PAGE + cpu.CACHE_LINE)
+    arguments = (x, packed, "Q8_0", bias)
+    torch.library.opcheck(torch.ops.auraflow_gguf.linear.default, arguments, test_utils="test_faketensor")
+
+    with torch.inference_mode():
+        add_low_rank(out, x, down, up)
+    torch.testing.assert_close(out, expected + x @ down.t() @ up.t(), **near)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
