@@ -6,11 +6,13 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+GROUP = 5  # subjects that share a run of the baseline
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,28 @@ def side_by_side(
             baseline_time, subject_time = seconds(baseline), seconds(subject)
         times.append((baseline_time, subject_time))
     return Ratio.of(times)
+
+
+def in_groups(
+    baseline: Callable[[], object], subjects: Mapping[str, Callable[[], object]], rounds: int
+) -> dict[str, Ratio]:
+    """Run all in turns, without a warm-up; every other round backwards.
+
+    `GROUP` subjects, one after the other, share a run of the baseline in their middle, which is the other half of the
+    pair of each.
+    """
+    times = {name: [] for name in subjects}
+    for number in range(rounds):
+        names = list(subjects)[:: -1 if number % 2 else 1]
+        for start in range(0, len(names), GROUP):
+            group = names[start : start + GROUP]
+            middle = len(group) // 2
+            before = [seconds(subjects[name]) for name in group[:middle]]
+            baseline_time = seconds(baseline)
+            after = [seconds(subjects[name]) for name in group[middle:]]
+            for name, subject_time in zip(group, before + after, strict=True):
+                times[name].append((baseline_time, subject_time))
+    return {name: Ratio.of(pairs) for name, pairs in times.items()}
 
 
 def anonymous_bytes() -> int | None:

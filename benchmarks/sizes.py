@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 
 import comfy.model_management
 import comfy.sd
@@ -12,7 +13,7 @@ from ..loader.comfyui.model import load_model
 from ..loader.kernels.processor import multiplies_bfloat16
 from ..tests.host.aura_files import dense_state_dict, make_gguf
 from ..tests.host.forward import forward, sampler_options
-from .measure import side_by_side
+from .measure import in_groups
 
 TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q4_K", "Q4_0", "IQ4_XS", "Q3_K", "BF16")
 PIXELS = {256: 64, 512: 256, 1024: 256}  # and text tokens
@@ -33,20 +34,21 @@ def measure(pairs: int, types: tuple[str, ...]) -> list[dict]:
     for dtype in (torch.float32, torch.bfloat16)[: 1 + in_bfloat16]:
         dense = comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options={"dtype": dtype})
         dense.patch_model(device)
+        steps = {}
         for type_name in types:
             packed = load_model(make_gguf(type_name), dtype)
             packed.patch_model(device)
-            for pixels, tokens in PIXELS.items():
+            steps[type_name] = partial(forward, packed, options=sampler_options(packed))
+        for pixels, tokens in PIXELS.items():
+            setting = {"size": pixels // 8, "tokens": tokens}
+            baseline = partial(forward, dense, **setting)
+            subjects = {type_name: partial(step, **setting) for type_name, step in steps.items()}
+            if pixels == min(PIXELS):  # to warm up
+                for run in (baseline, *subjects.values()):
+                    run()
+            ratios = in_groups(baseline, subjects, max(2, pairs // FEWER_PAIRS[pixels]))
+            for type_name, ratio in ratios.items():
                 row = {"dtype": str(dtype).removeprefix("torch."), "type": type_name, "pixels": pixels}
-                setting = {"size": pixels // 8, "tokens": tokens}
-                options = sampler_options(packed)
-                ratio = side_by_side(
-                    lambda: forward(dense, **setting),  # noqa: B023
-                    lambda: forward(packed, **setting, options=options),  # noqa: B023
-                    max(2, pairs // FEWER_PAIRS[pixels]),
-                    warm_up=pixels == min(PIXELS),
-                )
                 rows.append(row | asdict(ratio))
                 print(*row.values(), ratio, flush=True)
-            packed.unpatch_model(device)
     return rows
