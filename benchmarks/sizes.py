@@ -17,7 +17,7 @@ from .measure import in_groups
 
 TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q4_K", "Q4_0", "IQ4_XS", "Q3_K", "BF16")
 PIXELS = {256: 64, 512: 256, 1024: 256}  # and text tokens
-FEWER_PAIRS = {256: 1, 512: 2, 1024: 5}  # by what their number is divided: a step of the largest takes 15 s
+FEWER_PAIRS = {256: 1, 512: 2, 1024: 3}  # by what their number is divided: a step of the largest takes 15 s
 SETTING_TEXT = (
     "AuraFlow of 1 double and 1 single layer at full width, 64 text tokens at 256², 256 at 512² and 1024², batch 1, "
     "beside dense weights of the same dtype"
