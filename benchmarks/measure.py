@@ -52,42 +52,35 @@ def seconds(run: Callable[[], object]) -> float:
     return time.perf_counter() - begin
 
 
-def side_by_side(
-    baseline: Callable[[], object], subject: Callable[[], object], pairs: int, *, warm_up: bool = True
-) -> Ratio:
-    """Run both in turns, after one warm-up of each unless they are warm; every other pair in the other order."""
-    if warm_up:
-        baseline()
-        subject()
-    times = []
-    for number in range(pairs):
-        if number % 2:
-            subject_time, baseline_time = seconds(subject), seconds(baseline)
-        else:
-            baseline_time, subject_time = seconds(baseline), seconds(subject)
-        times.append((baseline_time, subject_time))
-    return Ratio.of(times)
+def side_by_side(baseline: Callable[[], object], subject: Callable[[], object], pairs: int) -> Ratio:
+    """Run both in turns, after one warm-up of each; every other pair in the other order."""
+    baseline()
+    subject()
+    return in_turns(baseline, {"": subject}, pairs)[""]
 
 
-def in_groups(
+def in_turns(
     baseline: Callable[[], object], subjects: Mapping[str, Callable[[], object]], rounds: int
 ) -> dict[str, Ratio]:
-    """Run all in turns, without a warm-up; every other round backwards.
+    """Run all of them in each round, without a warm-up; every other round backwards.
 
     `GROUP` subjects, one after the other, share a run of the baseline in their middle, which is the other half of the
     pair of each.
+
+    Returns:
+        the ratio of each subject to the baseline, of as many pairs as there are rounds.
     """
-    times = {name: [] for name in subjects}
+    names = list(subjects)
+    groups = [names[start : start + GROUP] for start in range(0, len(names), GROUP)]
+    times = {name: [] for name in names}
     for number in range(rounds):
-        names = list(subjects)[:: -1 if number % 2 else 1]
-        for start in range(0, len(names), GROUP):
-            group = names[start : start + GROUP]
+        direction = -1 if number % 2 else 1
+        for group in groups[::direction]:
             middle = len(group) // 2
-            before = [seconds(subjects[name]) for name in group[:middle]]
-            baseline_time = seconds(baseline)
-            after = [seconds(subjects[name]) for name in group[middle:]]
-            for name, subject_time in zip(group, before + after, strict=True):
-                times[name].append((baseline_time, subject_time))
+            runs = [*group[:middle], None, *group[middle:]]
+            taken = {name: seconds(subjects.get(name, baseline)) for name in runs[::direction]}
+            for name in group:
+                times[name].append((taken[None], taken[name]))
     return {name: Ratio.of(pairs) for name, pairs in times.items()}
 
 

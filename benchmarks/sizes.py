@@ -13,11 +13,11 @@ from ..loader.comfyui.model import load_model
 from ..loader.kernels.processor import multiplies_bfloat16
 from ..tests.host.aura_files import dense_state_dict, make_gguf
 from ..tests.host.forward import forward, sampler_options
-from .measure import in_groups
+from .measure import in_turns
 
 TYPES = ("Q8_0", "Q6_K", "Q5_1", "Q5_K", "Q4_K", "Q4_0", "IQ4_XS", "Q3_K", "BF16")
 PIXELS = {256: 64, 512: 256, 1024: 256}  # and text tokens
-FEWER_PAIRS = {256: 1, 512: 2, 1024: 3}  # by what their number is divided: a step of the largest takes 15 s
+FEWER_PAIRS = {256: 1, 512: 2, 1024: 3}  # by what their number is divided: a step of the largest takes 20 s
 SETTING_TEXT = (
     "AuraFlow of 1 double and 1 single layer at full width, 64 text tokens at 256², 256 at 512² and 1024², batch 1, "
     "beside dense weights of the same dtype"
@@ -46,7 +46,7 @@ def measure(pairs: int, types: tuple[str, ...]) -> list[dict]:
             if pixels == min(PIXELS):  # to warm up
                 for run in (baseline, *subjects.values()):
                     run()
-            ratios = in_groups(baseline, subjects, max(2, pairs // FEWER_PAIRS[pixels]))
+            ratios = in_turns(baseline, subjects, max(2, pairs // FEWER_PAIRS[pixels]))
             for type_name, ratio in ratios.items():
                 row = {"dtype": str(dtype).removeprefix("torch."), "type": type_name, "pixels": pixels}
                 rows.append(row | asdict(ratio))

@@ -35,8 +35,8 @@ def quantize(rows: torch.Tensor, quant_type: QuantType, moments: np.ndarray | No
     rows = rows.contiguous()
     n_rows, columns = rows.shape
     packed = np.empty((n_rows, quant_type.row_bytes(columns)), dtype=np.uint8)
-    file = IN_C.get(quant_type.name)
-    in_c = native.function(file, f"quantize_{quant_type.name.lower()}") if file else None
+    source = IN_C.get(quant_type.name)
+    in_c = native.function(source, f"quantize_{quant_type.name.lower()}") if source else None
     if in_c is None:
         libgguf.quantize_rows_into_raw(quant_type.id, rows.numpy(), packed, n_rows, columns, moments)
         return packed

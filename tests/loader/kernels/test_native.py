@@ -116,13 +116,9 @@ def test_no_compiler(monkeypatch):
         build.build()
 
 
-@pytest.mark.skipif(os.name != "posix", reason="the compiler here is a shell script")
-def test_a_compiler_that_fails(folder, tmp_path, monkeypatch):
-    broken = tmp_path / "broken-cc"
-    broken.write_text("#!/bin/sh\necho out of order >&2\nexit 1\n")
-    broken.chmod(0o755)
-    monkeypatch.setenv("CC", str(broken))
-    with pytest.raises(build.BuildError, match="out of order"):
+def test_a_compiler_that_fails(folder, monkeypatch):
+    monkeypatch.setenv("CC", sys.executable)  # Python does not know the options
+    with pytest.raises(build.BuildError, match=r"(?i)unknown option"):
         build.build()
     assert not list(folder.iterdir())
 
