@@ -144,9 +144,9 @@ def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) 
         dtype: any float dtype.
 
     Returns:
-        ``(rows, columns)``; shares ``packed``'s memory where that holds numbers of ``dtype``.
+        ``(rows, columns)``; F32 as float32 shares ``packed``'s memory.
     """
-    if quant_type.name in STORED_DTYPES:
+    if quant_type.name == "F32" and dtype == torch.float32:
         return quant_type.dequantize(packed, dtype)
     rows = packed.shape[0]
     columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
