@@ -21,6 +21,7 @@ STYLE = """
   text { font: 12px system-ui, sans-serif; fill: var(--ink) }
   .title { font-weight: 600; font-size: 14px }
   .faint { fill: var(--faint) }
+  .value { paint-order: stroke; stroke: var(--paper); stroke-width: 4px }
   .right { text-anchor: end }
   .middle { text-anchor: middle }
   line { stroke: var(--line) }
@@ -61,7 +62,7 @@ def _step_panel(step: dict, top: int) -> tuple[list[str], int]:
         parts.append(_text(LEFT - 10, y + 4, row["type"], "right"))
         parts.append(f'<line class="spread" x1="{x(row["low"]):.1f}" x2="{x(row["high"]):.1f}" y1="{y}" y2="{y}"/>')
         parts.append(f'<circle cx="{x(row["median"]):.1f}" cy="{y}" r="5" fill="var(--pack)"/>')
-        parts.append(_text(x(row["high"]) + 10, y + 4, f"{row['median']:.2f}"))
+        parts.append(_text(x(row["high"]) + 10, y + 4, f"{row['median']:.2f}", "value"))
     return parts, bottom + 20
 
 
