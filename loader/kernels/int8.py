@@ -80,7 +80,7 @@ def can_be_int8(quant_type: QuantType, columns: int) -> bool:
 def refused_by_cpu() -> str | None:
     """Why int8 products would be slower than float32 ones on this CPU, or None."""
     if not processor.multiplies_int8():
-        return "the CPU has no int8 products (AMX or AVX-512 VNNI)"
+        return "torch multiplies int8 no faster than float32 on this CPU, as it would with AMX or VNNI"
     if _in_c("int8_rows") is None:
         return "the C for CPUs is not compiled: run `python cli.py compile` in the pack's folder, and restart ComfyUI"
     return None

@@ -1,12 +1,13 @@
 """What a processor says of itself, as torch passes it on."""
 
 import platform
+import time
 
 import pytest
 import torch
 from auraflow_gguf.loader.kernels import processor
 
-ALL = ("_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_vnni_supported")
+ALL = ("_is_amx_tile_supported", "_is_avx512_bf16_supported")
 
 
 @pytest.fixture
@@ -21,19 +22,10 @@ def says(monkeypatch):
     return say
 
 
-@pytest.mark.parametrize(
-    ("names", "bfloat16", "int8"),
-    [
-        ((), False, False),
-        (("_is_amx_tile_supported",), True, True),
-        (("_is_avx512_bf16_supported",), True, False),
-        (("_is_vnni_supported",), False, True),
-    ],
-    ids=str,
-)
-def test_x86(says, names, bfloat16, int8):
+@pytest.mark.parametrize("names", [(), *((name,) for name in ALL), ALL], ids=str)
+def test_x86(says, names):
     says(*names)
-    assert (processor.multiplies_bfloat16(), processor.multiplies_int8()) == (bfloat16, int8)
+    assert processor.multiplies_bfloat16() == bool(names)
 
 
 def test_a_torch_that_does_not_ask(says, monkeypatch):
@@ -41,6 +33,42 @@ def test_a_torch_that_does_not_ask(says, monkeypatch):
     for name in ALL:
         monkeypatch.delattr(torch.cpu, name)
     assert not processor.multiplies_bfloat16()
+
+
+@pytest.fixture
+def asked_anew():
+    processor.multiplies_int8.cache_clear()
+    yield
+    processor.multiplies_int8.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_processor_that_multiplies_int8_in_no_time(monkeypatch):
+    monkeypatch.setattr(torch, "_int_mm", lambda x, weight: None)
+    assert processor.multiplies_int8()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_processor_that_multiplies_int8_slowly(monkeypatch):
+    runs = []
+    monkeypatch.setattr(torch, "_int_mm", lambda x, weight: runs.append(time.sleep(0.3)))
+    assert not processor.multiplies_int8()
+    assert not processor.multiplies_int8()
+    assert len(runs) == 3  # and not once more: it is not asked again
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_torch_without_products_of_int8(monkeypatch):
+    monkeypatch.delattr(torch, "_int_mm")
+    assert not processor.multiplies_int8()
+
+
+@pytest.mark.usefixtures("asked_anew")
+def test_a_torch_without_products_of_int8_on_cpus(monkeypatch):
+    def raise_not_implemented(x, weight):
+        raise NotImplementedError("Could not run 'aten::_int_mm' with arguments from the 'CPU' backend.")
+
+    monkeypatch.setattr(torch, "_int_mm", raise_not_implemented)
     assert not processor.multiplies_int8()
 
 
