@@ -52,7 +52,7 @@ def _rates(quant_type: QuantType) -> dict[str, float]:
     if number in dequantize_functions:
         parameter = GGUFParameter(packed, quant_type=number)
         ways["diffusers"] = lambda: dequantize_gguf_tensor(parameter)
-    # Between the others: torch's threads, which have just worked for diffusers, keep the cores for a while.
+    # On one thread, before this pack: torch's threads, which diffusers uses, keep the cores for a while afterwards.
     ways["gguf-py"] = lambda: gguf.quants.dequantize(packed.numpy(), number)
     ways["pack"] = lambda: cpu.in_tiles(unpack, ROWS, cpu.TILE_BYTES // dense[0].nbytes)
     if quant_type.name not in STORED_DTYPES:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import functools
-import itertools
 import platform
-import time
+import timeit
 from collections.abc import Callable
 
 import torch
@@ -41,11 +40,7 @@ def multiplies_int8() -> bool:
 def _least_seconds(run: Callable[[], object]) -> float:
     """Wall time of the fastest of two runs, after one that may have to set something up."""
     run()
-    times = [time.perf_counter()]
-    for _ in range(2):
-        run()
-        times.append(time.perf_counter())
-    return min(after - before for before, after in itertools.pairwise(times))
+    return min(timeit.repeat(run, number=1, repeat=2))
 
 
 def _any(*names: str) -> bool:

@@ -1,4 +1,4 @@
-"""What a processor says of itself, as torch passes it on."""
+"""What a processor multiplies in hardware, as torch says or shows."""
 
 import platform
 import time
