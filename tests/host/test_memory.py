@@ -59,11 +59,12 @@ def mappings_of(path: Path) -> int:
 def test_loading_maps_the_file_and_copies_nothing():
     path = make_gguf("Q4_0")
     load_model(path)  # whatever the first load imports and allocates
-    gc.collect()
-    before = anonymous_bytes()
+    before = held()
     model = load_model(path, torch.float32)
+    after = held()
     bare = sum(parameter.nbytes for parameter in model.model.diffusion_model.parameters(recurse=False))
-    assert anonymous_bytes() - before < 16 * 2**20 < bare / 2
+    for what in ("allocated memory", "anonymous memory"):
+        assert after[what] - before[what] < 16 * 2**20 < bare / 2, (what, before, after)
 
 
 def test_cycles_of_load_sample_and_unload_leave_nothing(tmp_path):
