@@ -73,7 +73,7 @@ def linear(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bia
     def multiply(start: int, stop: int, weights: torch.Tensor) -> None:
         torch.mm(x, weights.t(), out=out[:, start:stop])
 
-    in_dequantized_tiles(multiply, packed, quant_type, x.dtype, _product_tile_bytes())
+    in_dequantized_tiles(multiply, packed, quant_type, x.dtype, product_tile_bytes())
     if bias is not None:
         out += bias
     return product
@@ -132,7 +132,7 @@ def input_gradient(gradient: torch.Tensor, packed: torch.Tensor, quant_type: Qua
         dequantize_into(packed[:, start * nbytes : stop * nbytes].contiguous(), weights)
         torch.mm(g, weights, out=out[:, start * size : stop * size])
 
-    in_tiles(multiply, blocks, _product_tile_bytes() // (g.dtype.itemsize * rows * size))
+    in_tiles(multiply, blocks, product_tile_bytes() // (g.dtype.itemsize * rows * size))
     return out.view(*gradient.shape[:-1], columns)
 
 
@@ -150,7 +150,7 @@ def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) 
         return quant_type.dequantize(packed, dtype)
     rows = packed.shape[0]
     columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
-    out = _in_large_pages(rows, columns, dtype)
+    out = in_large_pages(rows, columns, dtype)
     dequantize_into = row_dequantizer(quant_type, dtype)
 
     def unpack(start: int, stop: int) -> None:
@@ -190,17 +190,26 @@ def row_dequantizer(quant_type: QuantType, dtype: torch.dtype) -> Callable[[torc
 def _row_dequantizer_in_c(
     quant_type: QuantType, dtype: torch.dtype
 ) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+    found = dequantizer_in_c(quant_type, dtype)
+    if found is None:
+        return None
+    in_c, entries = found
+    size, grid_address = quant_type.block_size, () if entries is None else (entries.data_ptr(),)
+    return lambda packed, out: in_c(packed.data_ptr(), out.data_ptr(), out.numel() // size, *grid_address)
+
+
+def dequantizer_in_c(quant_type: QuantType, dtype: torch.dtype) -> tuple[native.Function, torch.Tensor | None] | None:
+    """The C that dequantizes a type into a dtype, and the grid that it takes last, if it takes one; None where there is
+    no such C."""
     source, suffix = IN_C.get(quant_type.name), SUFFIXES.get(dtype)
     if source is None or suffix is None:
         return None
     in_c = native.function(source, f"dequantize_{quant_type.name.lower()}{suffix}")
     if in_c is None:
         return None
-    size = quant_type.block_size
     if native.SOURCES[source] is not native.BLOCKS_AND_GRID:
-        return lambda packed, out: in_c(packed.data_ptr(), out.data_ptr(), out.numel() // size)
-    entries = grid("IQ1_S" if quant_type.name == "IQ1_M" else quant_type.name, torch.device("cpu"))
-    return lambda packed, out: in_c(packed.data_ptr(), out.data_ptr(), out.numel() // size, entries.data_ptr())
+        return in_c, None
+    return in_c, grid("IQ1_S" if quant_type.name == "IQ1_M" else quant_type.name, torch.device("cpu"))
 
 
 @functools.cache
@@ -212,8 +221,9 @@ def _libgguf():
     return libgguf
 
 
-def _in_large_pages(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """Memory for a dense weight; numpy asks Linux for large pages, which it can fill in a quarter of the time."""
+def in_large_pages(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a dense weight or a product; numpy asks Linux for large pages, which it can fill in a quarter of the
+    time."""
     if rows == 0:  # which torch does not take from numpy as another dtype
         return torch.empty(0, columns, dtype=dtype)
     return torch.from_numpy(np.empty((rows, columns * dtype.itemsize), dtype=np.uint8)).view(dtype)
@@ -230,7 +240,8 @@ def tile(elements: int, dtype: torch.dtype) -> torch.Tensor:
     return tile[:elements]
 
 
-def _product_tile_bytes() -> int:
+def product_tile_bytes() -> int:
+    """Bytes that a thread may keep for a product."""
     return min(PRODUCT_TILE_BYTES, ALL_PRODUCT_TILES_BYTES // torch.get_num_threads())
 
 

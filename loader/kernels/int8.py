@@ -16,7 +16,9 @@ the rounding to integers is to nearest, ties to even. So torch, C and Triton giv
 
 from __future__ import annotations
 
+import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 
@@ -34,8 +36,10 @@ LEAST_SMOOTHED, MOST_SMOOTHED = 2, 12
 
 NORM_ROWS = 1024  # dequantized at a time
 
-# Rows of float32 that are turned while they are in a core's cache, and rows of int8 in a product of one thread.
-CACHED_ROWS, PRODUCT_ROWS = 32, 1024
+# Tokens that a thread turns at a time, and at most so many rows of int8 in a product of one thread.
+TOKENS, PRODUCT_ROWS = 128, 1024
+
+TORCH_ROWS = 32  # that torch turns at a time, in a core's cache
 
 # Fewer rows of input cost more to turn into int8 than their product does.
 FEW_ROWS = 16
@@ -81,7 +85,7 @@ def refused_by_cpu() -> str | None:
     """Why int8 products would be slower than float32 ones on this CPU, or None."""
     if not processor.multiplies_int8():
         return "torch multiplies int8 no faster than float32 on this CPU, as it would with AMX or VNNI"
-    if _in_c("int8_rows") is None:
+    if _in_c(None) is None:
         return "the C for CPUs is not compiled: run `python cli.py compile` in the pack's folder, and restart ComfyUI"
     return None
 
@@ -143,10 +147,10 @@ def row_scales(packed: torch.Tensor, quant_type: QuantType, smoothing: torch.Ten
         return scales_of_maxima(gpu.group_maxima(packed, quant_type, smoothing).amax(1))
     scales = torch.empty(len(packed), dtype=torch.float32)
 
-    def find(start: int, stop: int, rows: torch.Tensor) -> None:
-        _find_scales(rows, smoothing, scales[start:stop])
+    def find(start: int, stop: int) -> None:
+        _turn(packed[start:stop], quant_type, smoothing, scales[start:stop], None, given=False)
 
-    cpu.in_dequantized_tiles(find, packed, quant_type)
+    cpu.in_tiles(find, len(packed), PRODUCT_ROWS)
     return scales
 
 
@@ -171,13 +175,12 @@ def int8_weight(
     """
     if packed.device.type != "cpu":
         return gpu.int8_weight(packed, quant_type, scales, smoothing, reuse_buffer=reuse_buffer)
-    columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
-    out = torch.empty(len(packed), columns, dtype=torch.int8)
+    out = torch.empty(len(packed), _columns(packed, quant_type), dtype=torch.int8)
 
-    def turn(start: int, stop: int, rows: torch.Tensor) -> None:
-        _turn(rows, smoothing, scales[start:stop], out[start:stop])
+    def turn(start: int, stop: int) -> None:
+        _turn(packed[start:stop], quant_type, smoothing, scales[start:stop], out[start:stop], given=True)
 
-    cpu.in_dequantized_tiles(turn, packed, quant_type)
+    cpu.in_tiles(turn, len(packed), PRODUCT_ROWS)
     return out
 
 
@@ -205,37 +208,36 @@ def linear_on_cpu(
     """
     in_float = not processor.multiplies_int8()
     columns = input.shape[-1]
-    tokens, token_scales = _tokens(input.reshape(-1, columns).float().contiguous(), smoothing)
+    tokens, token_scales = _tokens(input.reshape(-1, columns), smoothing)
     tokens = tokens.float() if in_float else tokens
-    out = input.new_empty(len(tokens), len(packed))
-    dequantize_into = cpu.row_dequantizer(quant_type, torch.float32)
+    out = cpu.in_large_pages(len(tokens), len(packed), input.dtype)
 
     def multiply(start: int, stop: int) -> None:
         weights = cpu.tile((stop - start) * columns, torch.int8).view(-1, columns)
-        for first in range(start, stop, CACHED_ROWS):
-            last = min(first + CACHED_ROWS, stop)
-            rows = cpu.tile((last - first) * columns, torch.float32).view(-1, columns)
-            dequantize_into(packed[first:last], rows)
-            _turn(rows, smoothing, scales[first:last], weights[first - start : last - start])
-        sums = tokens @ weights.float().t() if in_float else torch._int_mm(tokens, weights.t()).float()
-        out[:, start:stop] = sums.mul_(token_scales[:, None] * scales[start:stop])
+        _turn(packed[start:stop], quant_type, smoothing, scales[start:stop], weights, given=True)
+        if in_float:
+            sums = tokens @ weights.float().t()
+        else:
+            sums = cpu.tile(len(tokens) * len(weights), torch.int32).view(len(tokens), -1)
+            torch._int_mm(tokens, weights.t(), out=sums)
+        _write(sums, token_scales, scales[start:stop], out[:, start:stop])
 
-    cpu.in_tiles(multiply, len(packed), PRODUCT_ROWS)
+    cpu.in_tiles(multiply, len(packed), min(PRODUCT_ROWS, cpu.product_tile_bytes() // (4 * len(tokens))))
     if bias is not None:
         out += bias
     return out.view(*input.shape[:-1], len(packed))
 
 
 def _tokens(input: torch.Tensor, smoothing: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(tokens, columns) float32`` in int8, with the scale of each."""
+    """``(tokens, columns)``, any float dtype, in int8, with the scale of each."""
     inverse = None if smoothing is None else smoothing.reciprocal()
     tokens, scales = torch.empty(input.shape, dtype=torch.int8), torch.empty(len(input))
 
     def turn(start: int, stop: int) -> None:
-        _find_scales(input[start:stop], inverse, scales[start:stop])
-        _turn(input[start:stop], inverse, scales[start:stop], tokens[start:stop])
+        rows = input[start:stop].float().contiguous()
+        _turn(rows, None, inverse, scales[start:stop], tokens[start:stop], given=False)
 
-    cpu.in_tiles(turn, len(input), CACHED_ROWS)
+    cpu.in_tiles(turn, len(input), TOKENS)
     return tokens, scales
 
 
@@ -244,26 +246,71 @@ def smoothed(input: torch.Tensor, smoothing: torch.Tensor | None) -> torch.Tenso
     return input if smoothing is None else input * smoothing.reciprocal().to(input.dtype)
 
 
-def _find_scales(rows: torch.Tensor, factors: torch.Tensor | None, scales: torch.Tensor) -> None:
-    """Write the scale of each of ``(rows, columns) float32``, its columns times ``factors``, and rotated."""
-    if in_c := _in_c("int8_scales"):
-        in_c(rows.data_ptr(), None, _address(factors), scales.data_ptr(), *rows.shape)
-    else:
-        scales.copy_(scales_of(rotated(rows if factors is None else rows * factors)))
+def _columns(rows: torch.Tensor, quant_type: QuantType | None) -> int:
+    return rows.shape[1] if quant_type is None else rows.shape[1] // quant_type.type_size * quant_type.block_size
 
 
-def _turn(rows: torch.Tensor, factors: torch.Tensor | None, scales: torch.Tensor, out: torch.Tensor) -> None:
-    """Write the same rows in steps of their scales into ``(rows, columns) int8``."""
-    if in_c := _in_c("int8_rows"):
-        in_c(rows.data_ptr(), out.data_ptr(), _address(factors), scales.data_ptr(), *rows.shape)
+def _turn(
+    rows: torch.Tensor,
+    quant_type: QuantType | None,
+    factors: torch.Tensor | None,
+    scales: torch.Tensor,
+    out: torch.Tensor | None,
+    *,
+    given: bool,
+) -> None:
+    """Rows in int8, or their scales alone.
+
+    Args:
+        rows: ``(rows, row_bytes) uint8``, or ``(rows, columns) float32`` of no type, contiguous.
+        factors: ``(columns,) float32``, what the columns are multiplied by before they are rotated; or None.
+        scales: ``(rows,) float32``, written unless they are ``given``.
+        out: ``(rows, columns) int8``, or None.
+    """
+    if in_c := _in_c(quant_type):
+        in_c(rows, factors, scales, out, given)
+        return
+    for start in range(0, len(rows), TORCH_ROWS):
+        part = slice(start, start + TORCH_ROWS)
+        values = rows[part] if quant_type is None else quant_type.dequantize(rows[part])
+        turned = rotated(values if factors is None else values * factors)
+        if not given:
+            scales[part] = scales_of(turned)
+        if out is not None:
+            out[part] = rounded_(turned, scales[part])
+
+
+@functools.cache
+def _in_c(quant_type: QuantType | None) -> Callable[..., None] | None:
+    """`_turn` of rows of a type in C, or None where that is not compiled."""
+    int8_rows = native.function("int8.c", "int8_rows")
+    found = (None, None) if quant_type is None else cpu.dequantizer_in_c(quant_type, torch.float32)
+    if int8_rows is None or found is None:
+        return None
+    dequantizer, grid = found
+    dequantizer_address = ctypes.cast(dequantizer, ctypes.c_void_p).value
+
+    def turn(rows, factors, scales, out, given):
+        columns = _columns(rows, quant_type)
+        int8_rows(
+            *(rows.data_ptr(), rows.shape[1] * rows.element_size()),
+            *(dequantizer_address, _address(grid), columns // quant_type.block_size if quant_type else 0),
+            *(_address(factors), cpu.tile(columns, torch.float32).data_ptr(), scales.data_ptr(), given),
+            *(_address(out), len(rows), columns),
+        )
+
+    return turn
+
+
+def _write(sums: torch.Tensor, token_scales: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
+    """Write what sums ``(tokens, rows)``, int32 or float32, are worth into ``out``, of any float dtype."""
+    suffix = cpu.SUFFIXES.get(out.dtype) if sums.dtype == torch.int32 else None
+    if suffix is not None and (in_c := native.function("int8_sums.c", f"int8_sums{suffix}")):
+        addresses = (x.data_ptr() for x in (sums, out, token_scales, scales))
+        in_c(*addresses, *sums.shape, out.stride(0))
     else:
-        out.copy_(rounded_(rotated(rows if factors is None else rows * factors), scales))
+        out.copy_(sums.float() * (token_scales[:, None] * scales))
 
 
 def _address(values: torch.Tensor | None) -> int | None:
     return None if values is None else values.data_ptr()
-
-
-@functools.cache
-def _in_c(name: str) -> native.Function | None:
-    return native.function("int8.c", name)

@@ -20,14 +20,22 @@ logger = logging.getLogger(__name__)
 
 FOLDER = Path(__file__).resolve().parent
 
+_ADDRESS, _NUMBER = ctypes.c_void_p, ctypes.c_int64
+
 # The address of what is read, that of what is written, and how many blocks, or groups, there are.
-BLOCKS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+BLOCKS = (_ADDRESS, _ADDRESS, _NUMBER)
 # The same, and the address of the type's grid.
-BLOCKS_AND_GRID = (*BLOCKS, ctypes.c_void_p)
+BLOCKS_AND_GRID = (*BLOCKS, _ADDRESS)
 # The address of float32 rows, that of their columns' moments or None, that of what is written, rows, columns.
-ROWS = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64)
-# The addresses of float32 rows, of what is written, of their columns' factors or None, of their scales; rows, columns.
-INT8_ROWS = (*(ctypes.c_void_p,) * 4, ctypes.c_int64, ctypes.c_int64)
+ROWS = (_ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER)
+# As int8_rows in int8.c has them.
+INT8_ROWS = (
+    *(_ADDRESS, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER),
+    *(_ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _ADDRESS, _NUMBER, _NUMBER),
+)
+# The addresses of int32 sums, of what is written, of the scales of tokens and of rows; tokens, rows, and how many
+# numbers the tokens are apart in what is written.
+INT8_SUMS = (_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _NUMBER)
 
 # What the functions of each file take.
 SOURCES = {
@@ -36,6 +44,7 @@ SOURCES = {
     "dequantize_q.c": BLOCKS,
     "dequantize_values.c": BLOCKS,
     "int8.c": INT8_ROWS,
+    "int8_sums.c": INT8_SUMS,
     "quantize_iq4.c": ROWS,
     "quantize_k.c": ROWS,
     "quantize_q.c": ROWS,

@@ -1,9 +1,6 @@
 /*
- * Rows of float32 as rotated int8: groups of 256 times ConvRot's Hadamard matrix, H4 x H4 x H4 x H4 / 16, each row in
+ * Rows of numbers as rotated int8: groups of 256 times ConvRot's Hadamard matrix, H4 x H4 x H4 x H4 / 16, each row in
  * steps of a scale of its own. The sums of `rotated` in int8.py, in its order.
- *
- * Every function takes rows, what is written, what the columns are multiplied by first or NULL, the scales of the rows,
- * and the numbers of rows and of columns, a multiple of 256.
  */
 #include "native.h"
 
@@ -87,7 +84,8 @@ static inline void transpose(const float *restrict in, float *restrict out) {
 }
 #endif
 
-static inline void rotate(const float *restrict in, const float *restrict smoothing, float *restrict out) {
+/* which may be where they are */
+static inline void rotate(const float *in, const float *smoothing, float *out) {
     float smoothed[GROUP], x[GROUP];
     if (smoothing) {
         for (int i = 0; i < GROUP; i++) {
@@ -104,46 +102,77 @@ static inline void rotate(const float *restrict in, const float *restrict smooth
     }
 }
 
-static inline const float *from(const float *values, int64_t column) { return values ? values + column : values; }
+/* the size of the largest of 256, as bits, whose order is that of sizes, with NaN the largest */
+static inline uint32_t largest(const float *x) {
+    uint32_t most[16] = {0};
+    for (int i = 0; i < GROUP; i += 16) {
+        for (int j = 0; j < 16; j++) {
+            const uint32_t size = bits_of_float(x[i + j]) & 0x7fffffff;
+            most[j] = size > most[j] ? size : most[j];
+        }
+    }
+    for (int j = 1; j < 16; j++) {
+        most[0] = most[j] > most[0] ? most[j] : most[0];
+    }
+    return most[0];
+}
 
-/* The scales of rows: the largest size of each, of 127 steps; NaN where there is one. Nothing else is written. */
-API void int8_scales(const float *rows, int8_t *unused, const float *smoothing, float *scales, int64_t n,
-                     int64_t columns) {
-    (void)unused;
-    for (int64_t row = 0; row < n; row++, rows += columns) {
-        uint32_t most[16] = {0}; /* as bits, whose order is that of sizes, with NaN the largest */
-        for (int64_t column = 0; column < columns; column += GROUP) {
-            float x[GROUP];
-            rotate(rows + column, from(smoothing, column), x);
-            for (int i = 0; i < GROUP; i += 16) {
-                for (int j = 0; j < 16; j++) {
-                    const uint32_t size = bits_of_float(x[i + j]) & 0x7fffffff;
-                    most[j] = size > most[j] ? size : most[j];
-                }
-            }
-        }
-        for (int j = 1; j < 16; j++) {
-            most[0] = most[j] > most[0] ? most[j] : most[0];
-        }
-        const float scale = float_of_bits(most[0]) / 127.0f;
-        scales[row] = scale < 1e-30f ? 1e-30f : scale;
+/* in steps, rounded to nearest, ties to even, and no more than 127 of them */
+static inline void round_to_steps(const float *restrict x, float inverse, int8_t *restrict out) {
+    for (int i = 0; i < GROUP; i++) {
+        /* the last bit of the constant is worth 1: the sum is rounded to it */
+        int32_t steps = (int32_t)(bits_of_float(x[i] * inverse + 0x1.8p23f) - 0x4b400000);
+        steps = steps < -127 ? -127 : steps;
+        steps = steps > 127 ? 127 : steps;
+        out[i] = (int8_t)steps;
     }
 }
 
-/* Rows in steps of their scales, rounded to nearest, ties to even, and no more than 127 of them. */
-API void int8_rows(const float *rows, int8_t *restrict out, const float *smoothing, const float *scales, int64_t n,
-                   int64_t columns) {
-    for (int64_t row = 0; row < n; row++, rows += columns, out += columns) {
-        const float inverse = 1.0f / scales[row];
+/* one of the dequantizers, of the types that have a grid, or of those that have none */
+typedef union {
+    void (*of_blocks)(const uint8_t *packed, float *out, int64_t blocks);
+    void (*of_grid)(const uint8_t *packed, float *out, int64_t blocks, const int8_t *grid);
+} Dequantizer;
+
+/*
+ * Rows in int8, or their scales alone.
+ *
+ * rows         row_bytes each: packed, or float32
+ * dequantizer  of packed rows, with its grid or NULL, and the number of their blocks; or NULL
+ * smoothing    what the columns are multiplied by first, or NULL
+ * scratch      memory for a row of float32
+ * scales       of the rows: read if `given`, else written: the largest size of each, of 127 steps; NaN where there is one
+ * out          (n, columns), or NULL
+ * columns      a multiple of 256
+ */
+API void int8_rows(const uint8_t *rows, int64_t row_bytes, void *dequantizer, const int8_t *grid, int64_t blocks,
+                   const float *smoothing, float *restrict scratch, float *restrict scales, int64_t given,
+                   int8_t *restrict out, int64_t n, int64_t columns) {
+    Dequantizer dequantize;
+    memcpy(&dequantize, &dequantizer, sizeof dequantize);
+    for (int64_t row = 0; row < n; row++, rows += row_bytes) {
+        const float *values = dequantizer ? scratch : (const float *)rows;
+        if (grid) {
+            dequantize.of_grid(rows, scratch, blocks, grid);
+        } else if (dequantizer) {
+            dequantize.of_blocks(rows, scratch, blocks);
+        }
+        uint32_t most = 0;
         for (int64_t column = 0; column < columns; column += GROUP) {
-            float x[GROUP];
-            rotate(rows + column, from(smoothing, column), x);
-            for (int i = 0; i < GROUP; i++) {
-                /* the last bit of the constant is worth 1: the sum is rounded to it */
-                int32_t steps = (int32_t)(bits_of_float(x[i] * inverse + 0x1.8p23f) - 0x4b400000);
-                steps = steps < -127 ? -127 : steps;
-                steps = steps > 127 ? 127 : steps;
-                out[column + i] = (int8_t)steps;
+            rotate(values + column, smoothing ? smoothing + column : NULL, scratch + column);
+            if (!given) {
+                const uint32_t size = largest(scratch + column);
+                most = size > most ? size : most;
+            }
+        }
+        if (!given) {
+            const float scale = float_of_bits(most) / 127.0f;
+            scales[row] = scale < 1e-30f ? 1e-30f : scale;
+        }
+        if (out) {
+            const float inverse = 1.0f / scales[row];
+            for (int64_t column = 0; column < columns; column += GROUP, out += GROUP) {
+                round_to_steps(scratch + column, inverse, out);
             }
         }
     }

@@ -11,7 +11,7 @@ from ...compiled import build_or_skip
 from ..quant_types.blocks import random_blocks
 
 COLUMNS = 768
-TYPES = ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_XS"]
+TYPES = ["Q8_0", "Q6_K", "Q5_K", "Q4_K", "Q4_0", "IQ4_XS", "IQ3_S"]
 
 
 def rows_of(name: str, rows: int = 43) -> torch.Tensor:
@@ -73,7 +73,7 @@ def test_which_channels_are_smoothed():
 
 @pytest.mark.parametrize("name", TYPES)
 def test_scales_and_weights(engine, name):
-    assert (int8._in_c("int8_rows") is not None) == (engine == "c")
+    assert (int8._in_c(QUANT_TYPES[name]) is not None) == (engine == "c")
     packed, quant_type = rows_of(name), QUANT_TYPES[name]
     expected = int8.rotated(quant_type.dequantize(packed))
     scales = int8.row_scales(packed, quant_type)
@@ -103,13 +103,14 @@ def test_rows_of_zeros_and_of_nan(engine):
 @pytest.mark.parametrize("has_int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_product_is_that_of_the_integers(engine, monkeypatch, has_int8, dtype, smoothing):
-    monkeypatch.setattr(int8, "CACHED_ROWS", 5)
-    monkeypatch.setattr(int8, "PRODUCT_ROWS", 12)
+    monkeypatch.setattr(int8, "TORCH_ROWS", 5)
+    monkeypatch.setattr(int8, "TOKENS", 7)
+    monkeypatch.setattr(int8, "PRODUCT_ROWS", 22)
     monkeypatch.setattr(processor, "multiplies_int8", lambda: has_int8)
-    packed, quant_type = rows_of("Q4_K"), QUANT_TYPES["Q4_K"]
+    packed, quant_type = rows_of("Q4_K", 83), QUANT_TYPES["Q4_K"]
     generator = torch.Generator().manual_seed(0)
     input = torch.randn(2, 13, COLUMNS, generator=generator).to(dtype)
-    bias = torch.randn(43, generator=generator).to(dtype)
+    bias = torch.randn(83, generator=generator).to(dtype)
     scales = int8.row_scales(packed, quant_type, smoothing)
     out = int8.linear_on_cpu(input, packed, quant_type, scales, smoothing, bias)
     assert out.dtype == dtype
@@ -121,11 +122,26 @@ def test_the_product_is_that_of_the_integers(engine, monkeypatch, has_int8, dtyp
     torch.testing.assert_close(out.double(), expected, rtol=8 * eps, atol=8 * eps * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_c_writes_what_torch_does(dtype):
+    build_or_skip()
+    generator = torch.Generator().manual_seed(0)
+    sums = torch.randint(-(2**31), 2**31 - 1, (5, 37), generator=generator).int()
+    token_scales = torch.randn(5, generator=generator).exp() / 2**16
+    scales = torch.randn(37, generator=generator).exp()
+    scales[3], scales[20], token_scales[4] = torch.nan, torch.inf, 1e-42
+    out = torch.full((5, 40), 7.0, dtype=dtype)
+    int8._write(sums, token_scales, scales, out[:, 1:38])
+    expected = (sums.float() * (token_scales[:, None] * scales)).to(dtype)
+    torch.testing.assert_close(out[:, 1:38], expected, rtol=0, atol=0, equal_nan=True)
+    assert (out[:, [0, 38, 39]] == 7).all()
+
+
 def test_what_a_cpu_says_of_itself(monkeypatch):
-    monkeypatch.setattr(int8, "_in_c", lambda name: print)
+    monkeypatch.setattr(int8, "_in_c", lambda quant_type: print)
     monkeypatch.setattr(processor, "multiplies_int8", lambda: False)
     assert "no faster than float32" in int8.refused_by_cpu()
     monkeypatch.setattr(processor, "multiplies_int8", lambda: True)
     assert int8.refused_by_cpu() is None
-    monkeypatch.setattr(int8, "_in_c", lambda name: None)
+    monkeypatch.setattr(int8, "_in_c", lambda quant_type: None)
     assert "cli.py compile" in int8.refused_by_cpu()
