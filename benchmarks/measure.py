@@ -6,7 +6,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,8 +60,8 @@ def side_by_side(baseline: Callable[[], object], subject: Callable[[], object], 
 
 
 def in_turns(
-    baseline: Callable[[], object], subjects: Mapping[str, Callable[[], object]], rounds: int
-) -> dict[str, Ratio]:
+    baseline: Callable[[], object], subjects: Mapping[Hashable, Callable[[], object]], rounds: int
+) -> dict[Hashable, Ratio]:
     """Run all of them in each round, without a warm-up; every other round backwards.
 
     `GROUP` subjects, one after the other, share a run of the baseline in their middle, which is the other half of the

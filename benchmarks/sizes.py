@@ -1,7 +1,8 @@
-"""A step at the sizes of pictures that people make, in float32 and, where the CPU multiplies it, in bfloat16."""
+"""A step at the sizes of pictures that people make, in float32 and in bfloat16 and int8 where the CPU has them."""
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import asdict
 from functools import partial
 
@@ -9,8 +10,10 @@ import comfy.model_management
 import comfy.sd
 import torch
 
-from ..loader.comfyui.model import load_model
+from ..loader.comfyui.int8 import products_of
+from ..loader.comfyui.model import MATRIX_MULT, load_model
 from ..loader.kernels.processor import multiplies_bfloat16
+from ..loader.weights import int8_linear
 from ..tests.host.aura_files import dense_state_dict, make_gguf
 from ..tests.host.forward import forward, sampler_options
 from .measure import in_turns
@@ -26,7 +29,7 @@ SETTING_TEXT = (
 
 @torch.inference_mode()
 def measure(pairs: int, types: tuple[str, ...]) -> list[dict]:
-    """One row for each dtype, type and size, with the ratio of a step to that of the dense model."""
+    """One row for each dtype, kind of product, type and size, with the ratio of a step to that of the dense model."""
     rows = []
     device = comfy.model_management.get_torch_device()
     weights = dense_state_dict(make_gguf("Q4_0"))  # how fast dense weights are does not depend on their values
@@ -34,21 +37,25 @@ def measure(pairs: int, types: tuple[str, ...]) -> list[dict]:
     for dtype in (torch.float32, torch.bfloat16)[: 1 + in_bfloat16]:
         dense = comfy.sd.load_diffusion_model_state_dict(dict(weights), model_options={"dtype": dtype})
         dense.patch_model(device)
+        refused = int8_linear.refused(device, dtype)
         steps = {}
-        for type_name in types:
-            packed = load_model(make_gguf(type_name), dtype)
-            packed.patch_model(device)
-            steps[type_name] = partial(forward, packed, options=sampler_options(packed))
+        for matrix_mult, type_name in itertools.product(("exact",) if refused else MATRIX_MULT, types):
+            packed = load_model(make_gguf(type_name), dtype, matrix_mult=matrix_mult)
+            if (products_of(packed.model) is not None) == (matrix_mult == "int8"):
+                packed.patch_model(device)
+                steps[matrix_mult, type_name] = partial(forward, packed, options=sampler_options(packed))
         for pixels, tokens in PIXELS.items():
             setting = {"size": pixels // 8, "tokens": tokens}
             baseline = partial(forward, dense, **setting)
-            subjects = {type_name: partial(step, **setting) for type_name, step in steps.items()}
+            subjects = {key: partial(step, **setting) for key, step in steps.items()}
             if pixels == min(PIXELS):  # to warm up
                 for run in (baseline, *subjects.values()):
                     run()
             ratios = in_turns(baseline, subjects, max(2, pairs // FEWER_PAIRS[pixels]))
-            for type_name, ratio in ratios.items():
-                row = {"dtype": str(dtype).removeprefix("torch."), "type": type_name, "pixels": pixels}
-                rows.append(row | asdict(ratio))
-                print(*row.values(), ratio, flush=True)
+            for (matrix_mult, type_name), ratio in ratios.items():
+                row = {"dtype": str(dtype).removeprefix("torch."), "matrix_mult": matrix_mult, "type": type_name}
+                rows.append(row | {"pixels": pixels} | asdict(ratio))
+                print(*row.values(), pixels, ratio, flush=True)
+        if refused:
+            print(f"int8 beside {dtype} is left out: {refused}")
     return rows
