@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 from auraflow_gguf.loader.kernels import native
 from auraflow_gguf.loader.kernels.native import build
@@ -14,3 +20,21 @@ def build_or_skip() -> None:
         pytest.skip("no C compiler here, without which the C for CPUs is not tested")
     build.build()
     native._library.cache_clear()
+
+
+def built_with(compiler: str, options: list[str], folder: Path) -> Callable[[str, str], native.Function]:
+    """``native.function``, of libraries that are compiled otherwise, into a folder."""
+
+    @functools.cache
+    def library(source: str) -> ctypes.CDLL:
+        target = folder / f"{source}.so"
+        flags = [flag for flag in build.FLAGS if not flag.startswith("-O")]
+        subprocess.run([compiler, "-O1", *options, *flags, native.FOLDER / source, "-o", target], check=True)
+        return ctypes.CDLL(str(target))
+
+    def function(source: str, name: str) -> native.Function:
+        found = getattr(library(source), name)
+        found.argtypes, found.restype = native.SOURCES[source], None
+        return found
+
+    return function

@@ -6,39 +6,28 @@
 
 enum { GROUP = 256 };
 
-static inline void four(float *x, int stride) {
-    const float a = x[0], b = x[stride], c = x[2 * stride], d = x[3 * stride];
-    const float p = a + b, m = a - b, q = c + d, n = c - d;
-    x[0] = p + n;
-    x[stride] = p - n;
-    x[2 * stride] = m + q;
-    x[3 * stride] = q - m;
-}
+#define FOUR(a, b, c, d, type)                                                                                         \
+    do {                                                                                                               \
+        const type p = a + b, m = a - b, q = c + d, n = c - d;                                                         \
+        a = p + n, b = p - n, c = m + q, d = q - m;                                                                    \
+    } while (0)
 
-/* the sums of four that are 16 and 64 apart */
-static inline void far_apart(float *x) {
-    for (int k = 0; k < 4; k++) {
-        for (int i = 0; i < 16; i++) {
-            four(x + 64 * k + i, 16);
-        }
-    }
-    for (int i = 0; i < 64; i++) {
-        four(x + i, 64);
-    }
-}
-
-#if defined(__AVX2__) && defined(__has_builtin)
+#if defined(__AVX2__) && !defined(PLAIN) && defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
 #define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
 #endif
 #endif
 
+/*
+ * Half of the rotation: 16 x 16 numbers are transposed, so that neighbours are 16 apart and many are computed at a time,
+ * and then the sums of four that are 16 and 64 apart are taken.
+ */
 #if defined(SHUFFLED)
 typedef float floats __attribute__((vector_size(32)));
 
-/* 8 x 8 of 16 x 16: compilers move floats one by one for it */
-static inline void transpose_8(const float *in, float *out) {
-    floats x[8], y[8];
+/* 8 x 8 of the 16 x 16: compilers move floats one by one for it */
+static inline void transposed_8(const float *in, floats *x) {
+    floats y[8];
     UNROLLED
     for (int i = 0; i < 8; i++) {
         memcpy(&x[i], in + 16 * i, sizeof x[i]);
@@ -63,28 +52,50 @@ static inline void transpose_8(const float *in, float *out) {
     }
     UNROLLED
     for (int i = 0; i < 8; i++) {
-        memcpy(out + 16 * i, &y[i], sizeof y[i]);
+        x[i] = y[i];
     }
 }
 
-static inline void transpose(const float *restrict in, float *restrict out) {
-    for (int i = 0; i < 2; i++) {
-        for (int j = 0; j < 2; j++) {
-            transpose_8(in + 128 * i + 8 * j, out + 128 * j + 8 * i);
+static inline void rotate_half(const float *in, float *out) {
+    for (int i = 0; i < 16; i += 8) {
+        floats x[16];
+        transposed_8(in + 16 * i, x);
+        transposed_8(in + 16 * i + 8, x + 8);
+        UNROLLED
+        for (int k = 0; k < 16; k += 4) {
+            FOUR(x[k], x[k + 1], x[k + 2], x[k + 3], floats);
+        }
+        UNROLLED
+        for (int k = 0; k < 4; k++) {
+            FOUR(x[k], x[k + 4], x[k + 8], x[k + 12], floats);
+        }
+        UNROLLED
+        for (int k = 0; k < 16; k++) {
+            memcpy(out + 16 * k + i, &x[k], sizeof x[k]);
         }
     }
 }
 #else
-static inline void transpose(const float *restrict in, float *restrict out) {
+static inline void rotate_half(const float *in, float *out) {
     for (int i = 0; i < 16; i++) {
         for (int j = 0; j < 16; j++) {
             out[16 * j + i] = in[16 * i + j];
         }
     }
+    for (int k = 0; k < 4; k++) {
+        for (int i = 0; i < 16; i++) {
+            float *x = out + 64 * k + i;
+            FOUR(x[0], x[16], x[32], x[48], float);
+        }
+    }
+    for (int i = 0; i < 64; i++) {
+        float *x = out + i;
+        FOUR(x[0], x[64], x[128], x[192], float);
+    }
 }
 #endif
 
-/* which may be where they are */
+/* 16 times the rotated numbers, which may be written where they are: the rest is left to the scales */
 static inline void rotate(const float *in, const float *smoothing, float *out) {
     float smoothed[GROUP], x[GROUP];
     if (smoothing) {
@@ -93,13 +104,8 @@ static inline void rotate(const float *in, const float *smoothing, float *out) {
         }
         in = smoothed;
     }
-    transpose(in, x); /* so that neighbours are 16 apart, and many are computed at a time */
-    far_apart(x);
-    transpose(x, out);
-    far_apart(out);
-    for (int i = 0; i < GROUP; i++) {
-        out[i] *= 0.0625f;
-    }
+    rotate_half(in, x);
+    rotate_half(x, out);
 }
 
 /* the size of the largest of 256, as bits, whose order is that of sizes, with NaN the largest */
@@ -166,11 +172,11 @@ API void int8_rows(const uint8_t *rows, int64_t row_bytes, void *dequantizer, co
             }
         }
         if (!given) {
-            const float scale = float_of_bits(most) / 127.0f;
+            const float scale = float_of_bits(most) * 0.0625f / 127.0f;
             scales[row] = scale < 1e-30f ? 1e-30f : scale;
         }
         if (out) {
-            const float inverse = 1.0f / scales[row];
+            const float inverse = 1.0f / scales[row] * 0.0625f;
             for (int64_t column = 0; column < columns; column += GROUP, out += GROUP) {
                 round_to_steps(scratch + column, inverse, out);
             }

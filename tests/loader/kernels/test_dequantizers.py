@@ -1,8 +1,6 @@
 """The C dequantizers give the bits of the formulas in torch, whoever compiles them and for whichever processor."""
 
-import ctypes
 import shutil
-import subprocess
 from collections.abc import Callable
 
 import numpy as np
@@ -13,7 +11,7 @@ from auraflow_gguf.loader.kernels.native import build
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.loader.quant_types.grids import grid
 
-from ...compiled import build_or_skip
+from ...compiled import build_or_skip, built_with
 from ..quant_types.blocks import NON_FINITE_SCALES, QUANTIZED, SCALES, random_blocks
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -22,7 +20,7 @@ UNTOUCHED = 7  # what stands behind the end
 
 
 @pytest.fixture(scope="module", params=["compiled", "clang", "plain"])
-def function(request, tmp_path_factory) -> Callable[[str, str], ctypes._CFuncPtr]:
+def function(request, tmp_path_factory) -> Callable[[str, str], native.Function]:
     """``(source, name) -> function``: as `compile` made it, by clang, and without intrinsics."""
     compiler = shutil.which("clang") if request.param == "clang" else build._compiler()
     if request.param != "clang":
@@ -31,22 +29,8 @@ def function(request, tmp_path_factory) -> Callable[[str, str], ctypes._CFuncPtr
         pytest.skip("no clang here, by which the C is compiled once more where there is one")
     if request.param == "compiled":
         return native.function
-    folder = tmp_path_factory.mktemp(request.param)
     options = ["-DPLAIN"] if request.param == "plain" else ["-march=native"]
-    options += [flag for flag in build.FLAGS if not flag.startswith("-O")]
-    libraries = {}
-
-    def find(source: str, name: str) -> ctypes._CFuncPtr:
-        if source not in libraries:
-            target = folder / f"{source}.so"
-            command = [compiler, "-O1", *options, native.FOLDER / source, "-o", target]
-            subprocess.run(command, check=True)
-            libraries[source] = ctypes.CDLL(str(target))
-        found = getattr(libraries[source], name)
-        found.argtypes, found.restype = native.SOURCES[source], None
-        return found
-
-    return find
+    return built_with(compiler, options, tmp_path_factory.mktemp(request.param))
 
 
 def assert_bits_of_the_formula(function, name: str, blocks: np.ndarray) -> None:
