@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import subprocess
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,17 +23,18 @@ def build_or_skip() -> None:
 
 
 def built_with(compiler: str, options: list[str], folder: Path) -> Callable[[str, str], native.Function]:
-    """``native.function``, of libraries that are compiled otherwise, into a folder."""
-
-    @functools.cache
-    def library(source: str) -> ctypes.CDLL:
-        target = folder / f"{source}.so"
-        flags = [flag for flag in build.FLAGS if not flag.startswith("-O")]
-        subprocess.run([compiler, "-O1", *options, *flags, native.FOLDER / source, "-o", target], check=True)
-        return ctypes.CDLL(str(target))
+    """``native.function``, of libraries that are compiled otherwise, into a folder, when they are first asked for."""
+    libraries: dict[str, ctypes.CDLL] = {}
+    lock = threading.Lock()  # the threads of a product ask at the same time
 
     def function(source: str, name: str) -> native.Function:
-        found = getattr(library(source), name)
+        with lock:
+            if source not in libraries:
+                target = folder / f"{source}.so"
+                flags = [flag for flag in build.FLAGS if not flag.startswith("-O")]
+                subprocess.run([compiler, "-O1", *options, *flags, native.FOLDER / source, "-o", target], check=True)
+                libraries[source] = ctypes.CDLL(str(target))
+        found = getattr(libraries[source], name)
         found.argtypes, found.restype = native.SOURCES[source], None
         return found
 

@@ -109,6 +109,19 @@ def test_rows_of_zeros_and_of_nan(engine):
     assert out[:, 2].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_tokens_of_any_dtype(engine, monkeypatch, dtype):
+    monkeypatch.setattr(int8, "TOKENS", 7)
+    input = torch.randn(40, 2 * COLUMNS, generator=torch.Generator().manual_seed(0)).to(dtype)
+    input[3] *= 2**-20
+    input[5, 8], input[20, 9] = torch.nan, torch.inf
+    for given in (input[:, :COLUMNS], input[:, ::2]):
+        tokens, scales = int8._tokens(given, SMOOTHING)
+        expected, expected_scales = int8._tokens(given.float(), SMOOTHING)
+        torch.testing.assert_close(scales, expected_scales, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(tokens[scales.isfinite()], expected[scales.isfinite()])
+
+
 @pytest.mark.parametrize("smoothing", [None, SMOOTHING], ids=["as they are", "smoothed"])
 @pytest.mark.parametrize("has_int8", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
