@@ -46,7 +46,7 @@ def unfinished_folder(target: str | os.PathLike) -> Iterator[Path]:
         yield folder
     finally:
         lock.close()  # Windows removes nothing that is open
-        shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
 
 
 def remove_leftovers(target: str | os.PathLike) -> None:
@@ -75,10 +75,16 @@ def _name(target: str | os.PathLike) -> str:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
+    """Remove a file or folder, or what can be removed of it."""
+    if path.is_symlink() or not path.is_dir():
+        with suppress(OSError):
+            path.unlink()
+        return
+    with suppress(OSError):
+        for name in os.listdir(path):
+            if name != LOCK:  # which goes last: with it, the next can tell that this is left, if this one is killed
+                _remove(path / name)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _hold(file: BinaryIO) -> bool:

@@ -21,6 +21,39 @@ def test_leftovers_of_the_target_are_removed(tmp_path):
     assert sorted(tmp_path.iterdir()) == sorted(others)
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("calls", range(5))
+def test_a_removal_that_is_killed_is_gone_on_with(tmp_path, monkeypatch, calls):
+    """Whatever it was about to remove; only a folder that is empty may as well have been made just now."""
+    left = tmp_path / "a.gguf.89abcdef.partial"
+    (left / "folder").mkdir(parents=True)
+    for name in (LOCK, "copy.gguf", "folder/file"):
+        (left / name).touch()
+    done = []
+
+    def until_killed(remove):
+        def removing(*args, **kwargs):
+            if len(done) == calls:
+                raise Killed
+            remove(*args, **kwargs)
+            done.append(args)
+
+        return removing
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "unlink", until_killed(os.unlink))
+        patch.setattr(os, "rmdir", until_killed(os.rmdir))
+        with pytest.raises(Killed):
+            remove_leftovers(tmp_path / "a.gguf")
+    if os.name == "nt":  # where the lock goes first, as whether it can tells whether it is held
+        os.utime(left, (time.time() - 2 * YOUNG,) * 2)
+    remove_leftovers(tmp_path / "a.gguf")
+    assert not left.exists() or not os.listdir(left)
+
+
 @pytest.mark.parametrize("make", [open_unfinished, unfinished_folder])
 def test_what_is_worked_at_stays(tmp_path, make):
     target = tmp_path / "a.gguf"
