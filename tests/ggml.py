@@ -94,7 +94,7 @@ class Ggml:
 
     def dequantize(self, packed: np.ndarray, quant_type: QuantType) -> np.ndarray:
         """``(…, columns in blocks) uint8`` → ``(…, columns) float32``, by ``dequantize_row_*``."""
-        columns = packed.shape[-1] // quant_type.type_size * quant_type.block_size
+        columns = quant_type.columns(packed.shape[-1])
         weights = np.empty((*packed.shape[:-1], columns), np.float32)
         source, target = (ctypes.c_void_p(array.ctypes.data) for array in (packed, weights))
         self._call(f"dequantize_row_{quant_type.name.lower()}", source, target, weights.size, returns=None)

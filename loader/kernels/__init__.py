@@ -85,7 +85,7 @@ def _input_gradient_operator(gradient, packed, quant_type):
 @_input_gradient_operator.register_fake
 def _(gradient, packed, quant_type):
     kind = QUANT_TYPES[quant_type]
-    return gradient.new_empty(*gradient.shape[:-1], packed.shape[1] // kind.type_size * kind.block_size)
+    return gradient.new_empty(*gradient.shape[:-1], kind.columns(packed.shape[1]))
 
 
 def _keep(ctx, inputs, output):

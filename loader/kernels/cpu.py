@@ -149,7 +149,7 @@ def dequantize(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) 
     if quant_type.name == "F32" and dtype == torch.float32:
         return quant_type.dequantize(packed, dtype)
     rows = packed.shape[0]
-    columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
+    columns = quant_type.columns(packed.shape[1])
     out = in_large_pages(rows, columns, dtype)
     dequantize_into = row_dequantizer(quant_type, dtype)
 
@@ -260,7 +260,7 @@ def in_dequantized_tiles(
         dtype: of ``weights``.
         tile_bytes: of ``weights``, at most, but for a single row; None for `TILE_BYTES`.
     """
-    columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
+    columns = quant_type.columns(packed.shape[1])
     dequantize_into = row_dequantizer(quant_type, dtype)
 
     def take(start: int, stop: int) -> None:

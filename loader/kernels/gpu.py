@@ -112,7 +112,7 @@ def group_maxima(packed: torch.Tensor, quant_type: QuantType, smoothing: torch.T
     Raises:
         RuntimeError: Triton does not work on the device.
     """
-    groups = packed.shape[1] // quant_type.type_size * quant_type.block_size // 256
+    groups = quant_type.columns(packed.shape[1]) // 256
     out = torch.empty(len(packed), groups, dtype=torch.float32, device=packed.device)
     _launch_rotation(out, packed, quant_type, None, smoothing)
     return out
@@ -138,7 +138,7 @@ def int8_weight(
         RuntimeError: Triton does not work on the device.
     """
     new = _buffer if reuse_buffer and not _is_captured(packed.device) else torch.empty
-    columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
+    columns = quant_type.columns(packed.shape[1])
     out = new((len(packed), columns), dtype=torch.int8, device=packed.device)
     _launch_rotation(out, packed, quant_type, scales, smoothing)
     return out
@@ -167,7 +167,7 @@ def _dense(
     if stored := STORED_DTYPES.get(quant_type.name):
         return packed.view(stored).to(dtype)
     if kernels := _kernels(quant_type, packed.device):
-        columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
+        columns = quant_type.columns(packed.shape[1])
         out = new((len(packed), columns), dtype=dtype, device=packed.device)
         unpack = functools.partial(kernels.dequantize_into, out, packed.contiguous(), quant_type)
         if _launched(unpack, packed.device):
@@ -177,7 +177,7 @@ def _dense(
 
 def _dense_in_torch(packed: torch.Tensor, quant_type: QuantType, dtype: torch.dtype) -> torch.Tensor:
     """The same, some rows at a time: what torch's passes need between is several times as large as their result."""
-    columns = packed.shape[1] // quant_type.type_size * quant_type.block_size
+    columns = quant_type.columns(packed.shape[1])
     rows = max(1, WEIGHTS_IN_TORCH // columns)
     if rows >= len(packed):
         return quant_type.dequantize(packed, dtype)

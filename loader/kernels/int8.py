@@ -175,7 +175,7 @@ def int8_weight(
     """
     if packed.device.type != "cpu":
         return gpu.int8_weight(packed, quant_type, scales, smoothing, reuse_buffer=reuse_buffer)
-    out = torch.empty(len(packed), _columns(packed, quant_type), dtype=torch.int8)
+    out = torch.empty(len(packed), quant_type.columns(packed.shape[1]), dtype=torch.int8)
 
     def turn(start: int, stop: int) -> None:
         _turn(packed[start:stop], quant_type, smoothing, scales[start:stop], out[start:stop], given=True)
@@ -246,10 +246,6 @@ def smoothed(input: torch.Tensor, smoothing: torch.Tensor | None) -> torch.Tenso
     return input if smoothing is None else input * smoothing.reciprocal().to(input.dtype)
 
 
-def _columns(rows: torch.Tensor, quant_type: QuantType | None) -> int:
-    return rows.shape[1] if quant_type is None else rows.shape[1] // quant_type.type_size * quant_type.block_size
-
-
 def _turn(
     rows: torch.Tensor,
     quant_type: QuantType | None,
@@ -262,7 +258,8 @@ def _turn(
     """Rows in int8, or their scales alone.
 
     Args:
-        rows: ``(rows, row_bytes) uint8``, or ``(rows, columns) float32`` of no type, contiguous.
+        rows: ``(rows, row_bytes) uint8``, or ``(rows, columns) float32``, contiguous.
+        quant_type: that of packed rows, or None.
         factors: ``(columns,) float32``, what the columns are multiplied by before they are rotated; or None.
         scales: ``(rows,) float32``, written unless they are ``given``.
         out: ``(rows, columns) int8``, or None.
@@ -282,7 +279,7 @@ def _turn(
 
 @functools.cache
 def _in_c(quant_type: QuantType | None) -> Callable[..., None] | None:
-    """`_turn` of rows of a type in C, or None where that is not compiled."""
+    """`_turn` in C, for packed rows of a type or for float32 ones; None where that is not compiled."""
     int8_rows = native.function("int8.c", "int8_rows")
     found = (None, None) if quant_type is None else cpu.dequantizer_in_c(quant_type, torch.float32)
     if int8_rows is None or found is None:
@@ -291,7 +288,7 @@ def _in_c(quant_type: QuantType | None) -> Callable[..., None] | None:
     dequantizer_address = ctypes.cast(dequantizer, ctypes.c_void_p).value
 
     def turn(rows, factors, scales, out, given):
-        columns = _columns(rows, quant_type)
+        columns = rows.shape[1] if quant_type is None else quant_type.columns(rows.shape[1])
         int8_rows(
             *(rows.data_ptr(), rows.shape[1] * rows.element_size()),
             *(dequantizer_address, _address(grid), columns // quant_type.block_size if quant_type else 0),

@@ -42,6 +42,10 @@ class QuantType:
             raise ValueError(f"a row of {columns} is not a whole number of {self.name} blocks of {self.block_size}")
         return blocks * self.type_size
 
+    def columns(self, row_bytes: int) -> int:
+        """How many weights a packed row of whole blocks has: the inverse of `row_bytes`."""
+        return row_bytes // self.type_size * self.block_size
+
     def dequantize(self, packed: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Unpack rows of blocks.
 
@@ -54,5 +58,5 @@ class QuantType:
             shares ``packed``'s memory.
         """
         blocks = packed.reshape(-1, self.type_size)
-        columns = packed.shape[-1] // self.type_size * self.block_size
+        columns = self.columns(packed.shape[-1])
         return self.dequantize_blocks(blocks).to(dtype).reshape(*packed.shape[:-1], columns)

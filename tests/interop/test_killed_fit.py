@@ -99,8 +99,8 @@ def test_a_killed_fit_goes_on_where_it_was(tmp_path):
             counts.append(measurements(killed))
             left = [name for name in os.listdir(killed) if name.endswith(".partial")]
             unfinished |= {*left}
-            mine = [name for name in left if name.startswith("a.gguf.") and (killed / name / LOCK).exists()]
-            assert len(mine) <= 1, "what an earlier one left"
+            with_lock = [name for name in left if name.startswith("a.gguf.") and (killed / name / LOCK).exists()]
+            assert len(with_lock) <= 1, "what an earlier one left"
             assert {name.split(".")[0] for name in os.listdir(killed)} <= {"a", "aura"}
         assert counts == sorted(counts)
         assert unfinished

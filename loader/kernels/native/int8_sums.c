@@ -4,7 +4,7 @@
  * Every function takes the sums of (tokens, rows), what is written, the scales of the tokens and of the rows, how many
  * tokens and rows there are, and how many numbers the tokens are apart in what is written.
  */
-#include "dequantize.h"
+#include "dequantize.h" /* for `put`, which writes every format */
 
 INLINE Floats scaled(const int32_t *sums, const float *scales, float token_scale) {
     float values[16];
