@@ -82,7 +82,7 @@ class Batch:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for process in [self.process, *self.left()]:
+        for process in [self.process, *self.left(patience=0)]:
             process.kill()
         self.process.wait()
         self.temporary.cleanup()
@@ -100,8 +100,13 @@ class Batch:
         self.lines += self.process.stdout
         return self.process.wait()
 
-    def left(self) -> list[psutil.Process]:
-        """The processes that have this run's environment, which is inherited, besides its first."""
+    def left(self, patience: float = 30) -> list[psutil.Process]:
+        """The processes that have this run's environment, which is inherited, besides its first.
+
+        Args:
+            patience: seconds for them to end by themselves, as Ray's do when they notice that their node is gone: one
+                that is just loading models notices it later.
+        """
         found = []
         for process in psutil.process_iter():
             try:
@@ -109,7 +114,7 @@ class Batch:
                     found.append(process)
             except psutil.Error:
                 continue
-        return found
+        return psutil.wait_procs(found, timeout=patience)[1]
 
     def __str__(self) -> str:
         return "".join(self.lines)
