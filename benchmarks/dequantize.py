@@ -12,6 +12,7 @@ import torch
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_functions, dequantize_gguf_tensor
 
 from ..loader.kernels import cpu
+from ..loader.kernels.tiles import in_tiles
 from ..loader.quant_types import QUANT_TYPES, STORED_DTYPES, QuantType
 from .measure import seconds
 
@@ -54,7 +55,7 @@ def _rates(quant_type: QuantType) -> dict[str, float]:
         ways["diffusers"] = lambda: dequantize_gguf_tensor(parameter)
     # On one thread, before this pack: torch's threads, which diffusers uses, keep the cores for a while afterwards.
     ways["gguf-py"] = lambda: gguf.quants.dequantize(packed.numpy(), number)
-    ways["pack"] = lambda: cpu.in_tiles(unpack, ROWS, cpu.TILE_BYTES // dense[0].nbytes)
+    ways["pack"] = lambda: in_tiles(unpack, ROWS, cpu.TILE_BYTES // dense[0].nbytes)
     if quant_type.name not in STORED_DTYPES:
         ways["libgguf"] = lambda: libgguf.dequantize_rows_into_raw(
             quant_type.id, packed.numpy(), dense.numpy(), ROWS, COLUMNS

@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 from ..loader.kernels import native
-from ..loader.kernels.cpu import in_tiles
+from ..loader.kernels.tiles import in_tiles
 from ..loader.quant_types.base import QuantType
 
 IN_C = {

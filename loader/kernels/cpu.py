@@ -1,30 +1,23 @@
 """The matrix product on a CPU: every thread takes tiles of rows, dequantizes and multiplies them for itself.
 
 A dense copy of a whole weight costs more in page faults than its dequantization; a tile that is made once and kept
-costs none. Threads that share no product do not wait for each other at its end either, as torch's do. Our own C
-dequantizes where it is compiled, straight into the dtype of the product; else libgguf does where it is installed, or
-torch: the same numbers.
+costs none. Threads that share no product do not wait for each other at its end either. Our own C dequantizes where it
+is compiled, straight into the dtype of the product; else libgguf does where it is installed, or torch: the same
+numbers.
 """
 
 from __future__ import annotations
 
 import functools
-import os
-import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 
-try:
-    from threadpoolctl import threadpool_limits
-except ImportError:
-    threadpool_limits = None
-
 from ..quant_types import STORED_DTYPES, QuantType
 from ..quant_types.grids import grid
 from . import native
+from .tiles import in_tiles, tile
 
 # Bytes of a thread's tile that is only passed on: small enough for its core's cache.
 TILE_BYTES = 4 * 2**20
@@ -47,10 +40,6 @@ IN_C = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S"), "dequantize_iq.c"),
 }
 SUFFIXES = {torch.float32: "", torch.bfloat16: "_bf16", torch.float16: "_f16"}
-
-_local = threading.local()
-_lock = threading.Lock()
-_pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
 def linear(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bias: torch.Tensor | None) -> torch.Tensor:
@@ -91,9 +80,7 @@ def new_product(input: torch.Tensor, columns: int) -> torch.Tensor:
 
 
 def add_low_rank(output: torch.Tensor, input: torch.Tensor, down: torch.Tensor, up: torch.Tensor) -> None:
-    """``output += input @ down.T @ up.T``, in one pass over the tokens.
-
-    On `linear`'s threads: torch's own, which have just worked, would wait for more on the cores that these need next.
+    """``output += input @ down.T @ up.T``, in one pass over the tokens: what is between stays in a core's cache.
 
     Args:
         output: ``(…, out_features)``, contiguous or as `new_product` gives it.
@@ -229,17 +216,6 @@ def in_large_pages(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.from_numpy(np.empty((rows, columns * dtype.itemsize), dtype=np.uint8)).view(dtype)
 
 
-def tile(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """This thread's buffer of at least ``elements`` of a dtype, made once and kept."""
-    tiles = vars(_local).setdefault("tiles", {})
-    tile = tiles.get(dtype)
-    if tile is None or tile.numel() < elements:
-        tile = tiles[dtype] = None  # the smaller one goes first
-        with torch.inference_mode(False):  # for use in any mode
-            tile = tiles[dtype] = torch.empty(elements, dtype=dtype)
-    return tile[:elements]
-
-
 def product_tile_bytes() -> int:
     """Bytes that a thread may keep for a product."""
     return min(PRODUCT_TILE_BYTES, ALL_PRODUCT_TILES_BYTES // torch.get_num_threads())
@@ -269,47 +245,3 @@ def in_dequantized_tiles(
         work(start, stop, weights)
 
     in_tiles(take, packed.shape[0], (tile_bytes or TILE_BYTES) // (dtype.itemsize * columns))
-
-
-def in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> None:
-    """Calls ``work(start, stop)`` for tiles of at most ``tile_rows`` rows, on as many threads as torch has.
-
-    Each thread takes the next tile when it is done with one, and its torch operations stay on its own core: without
-    threadpoolctl, torch's own threads share each operation of the caller. They run in inference mode, whatever the
-    caller's mode.
-    """
-    threads = torch.get_num_threads()
-    rounds = max(1, -(-rows // (max(1, tile_rows) * threads)))
-    tile_rows = max(1, -(-rows // (rounds * threads)))  # as many for each thread: none waits for the last tile
-    starts = iter(range(0, rows, tile_rows))
-
-    def take_tiles() -> None:
-        with torch.inference_mode():
-            for start in starts:
-                work(start, min(start + tile_rows, rows))
-
-    if threads == 1 or threadpool_limits is None:
-        take_tiles()
-        return
-    workers = _workers(threads)
-    for worker in [workers.submit(take_tiles) for _ in range(threads)]:
-        worker.result()
-
-
-def _workers(threads: int) -> ThreadPoolExecutor:
-    """The threads of this process that work for its callers; a forked process has none of its parent's."""
-    key = os.getpid(), threads
-    with _lock:
-        if key not in _pools:
-            _pools[key] = ThreadPoolExecutor(threads, "auraflow-gguf", initializer=_stay_on_one_core)
-        return _pools[key]
-
-
-def _stay_on_one_core() -> None:
-    """Has torch work on one core in this thread.
-
-    ``torch.set_num_threads`` would do so too, but changes more than this thread: after it, MKL's LU factorization fails
-    in all threads (torch 2.13), and with it patches such as OFT.
-    """
-    torch.get_num_threads()  # A thread takes the number over when it first needs it: not after this.
-    threadpool_limits(1, user_api="openmp")

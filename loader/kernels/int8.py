@@ -24,6 +24,7 @@ import torch
 
 from ..quant_types import QuantType
 from . import cpu, dequantize, gpu, native, processor
+from .tiles import in_tiles, tile
 
 GROUP = 256
 """Neighbours that are rotated together: a row is a whole number of groups."""
@@ -102,8 +103,8 @@ def norms(packed: torch.Tensor, quant_type: QuantType) -> tuple[torch.Tensor, to
         packed: ``(rows, row_bytes) uint8``.
     """
     rows, columns = [], 0
-    for tile in packed.split(NORM_ROWS):
-        weights = dequantize(tile, quant_type, torch.float32)
+    for part in packed.split(NORM_ROWS):
+        weights = dequantize(part, quant_type, torch.float32)
         rows.append(weights.norm(dim=1))
         columns = columns + weights.square().sum(0)
     return torch.cat(rows), columns.sqrt()
@@ -150,7 +151,7 @@ def row_scales(packed: torch.Tensor, quant_type: QuantType, smoothing: torch.Ten
     def find(start: int, stop: int) -> None:
         _turn(packed[start:stop], quant_type, smoothing, scales[start:stop], None, given=False)
 
-    cpu.in_tiles(find, len(packed), PRODUCT_ROWS)
+    in_tiles(find, len(packed), PRODUCT_ROWS)
     return scales
 
 
@@ -180,7 +181,7 @@ def int8_weight(
     def turn(start: int, stop: int) -> None:
         _turn(packed[start:stop], quant_type, smoothing, scales[start:stop], out[start:stop], given=True)
 
-    cpu.in_tiles(turn, len(packed), PRODUCT_ROWS)
+    in_tiles(turn, len(packed), PRODUCT_ROWS)
     return out
 
 
@@ -213,16 +214,16 @@ def linear_on_cpu(
     out = cpu.in_large_pages(len(tokens), len(packed), input.dtype)
 
     def multiply(start: int, stop: int) -> None:
-        weights = cpu.tile((stop - start) * columns, torch.int8).view(-1, columns)
+        weights = tile((stop - start) * columns, torch.int8).view(-1, columns)
         _turn(packed[start:stop], quant_type, smoothing, scales[start:stop], weights, given=True)
         if in_float:
             sums = tokens @ weights.float().t()
         else:
-            sums = cpu.tile(len(tokens) * len(weights), torch.int32).view(len(tokens), -1)
+            sums = tile(len(tokens) * len(weights), torch.int32).view(len(tokens), -1)
             torch._int_mm(tokens, weights.t(), out=sums)
         _write(sums, token_scales, scales[start:stop], out[:, start:stop])
 
-    cpu.in_tiles(multiply, len(packed), min(PRODUCT_ROWS, cpu.product_tile_bytes() // (4 * len(tokens))))
+    in_tiles(multiply, len(packed), min(PRODUCT_ROWS, cpu.product_tile_bytes() // (4 * len(tokens))))
     if bias is not None:
         out += bias
     return out.view(*input.shape[:-1], len(packed))
@@ -237,7 +238,7 @@ def _tokens(input: torch.Tensor, smoothing: torch.Tensor | None) -> tuple[torch.
         rows = input[start:stop].float().contiguous()
         _turn(rows, None, inverse, scales[start:stop], tokens[start:stop], given=False)
 
-    cpu.in_tiles(turn, len(input), TOKENS)
+    in_tiles(turn, len(input), TOKENS)
     return tokens, scales
 
 
@@ -292,7 +293,7 @@ def _in_c(quant_type: QuantType | None) -> Callable[..., None] | None:
         int8_rows(
             *(rows.data_ptr(), rows.shape[1] * rows.element_size()),
             *(dequantizer_address, _address(grid), columns // quant_type.block_size if quant_type else 0),
-            *(_address(factors), cpu.tile(columns, torch.float32).data_ptr(), scales.data_ptr(), given),
+            *(_address(factors), tile(columns, torch.float32).data_ptr(), scales.data_ptr(), given),
             *(_address(out), len(rows), columns),
         )
 

@@ -1,24 +1,18 @@
 """The tiled product on a CPU equals the product with the dequantized weight, whatever dequantizes."""
 
-import os
-import signal
-import subprocess
-import sys
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import libgguf
 import pytest
 import torch
-from auraflow_gguf.loader.kernels import add_low_rank, cpu, native, packed_linear
+from auraflow_gguf.loader.kernels import add_low_rank, cpu, native, packed_linear, tiles
+from auraflow_gguf.loader.kernels.tiles import in_tiles
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 
 from ...compiled import build_or_skip
 from ..quant_types.blocks import FLOATS, QUANTIZED, random_blocks
 
-ROOT = Path(__file__).resolve().parents[3]
 COLUMNS = 768
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 ROWS = 43  # in tiles of 5 rows, the last has 3; in one for each of three threads, 13
@@ -45,12 +39,6 @@ def random_input(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(seed))
 
 
-def new_threads_number() -> int:
-    """On how many cores torch works in a thread that is new."""
-    with ThreadPoolExecutor(1) as thread:
-        return thread.submit(torch.get_num_threads).result()
-
-
 @pytest.fixture(params=["c", "libgguf", "torch"])
 def engine(request, monkeypatch):
     if request.param == "c":
@@ -62,14 +50,6 @@ def engine(request, monkeypatch):
     cpu.row_dequantizer.cache_clear()
     yield request.param
     cpu.row_dequantizer.cache_clear()
-
-
-@pytest.fixture(params=[1, 3])
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -135,13 +115,6 @@ def test_low_rank_in_ragged_pieces(threads, dtype, monkeypatch):
     assert (output.view(22, 7) - expected).abs().max() < 16 * torch.finfo(dtype).eps * expected.abs().max()
 
 
-@pytest.mark.parametrize("threads", [3], indirect=True)
-def test_it_takes_tiles_for_all_threads_when_a_weight_is_small(threads):
-    starts = []
-    cpu.in_tiles(lambda start, stop: starts.append((start, stop)), rows=ROWS, tile_rows=1000)
-    assert sorted(starts) == [(0, 15), (15, 30), (30, 43)]
-
-
 def test_no_rows(threads):
     packed = random_rows("Q4_K")[:0]
     assert cpu.linear(random_input(2), packed, QUANT_TYPES["Q4_K"], None).shape == (2, 0)
@@ -179,22 +152,22 @@ def test_products_in_16_bits_equal_torchs(engine, threads, dtype, name):
     def multiply(start: int, stop: int) -> None:
         torch.mm(x, quant_type.dequantize(packed[start:stop], dtype).t(), out=expected[:, start:stop])
 
-    cpu.in_tiles(multiply, ROWS, 5)
+    in_tiles(multiply, ROWS, 5)
     assert torch.equal(cpu.linear(x, packed, quant_type, None).view(torch.int16), expected.view(torch.int16))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_in_c_there_is_no_pass_in_float32(dtype, monkeypatch):
     build_or_skip()
-    monkeypatch.setattr(cpu, "threadpool_limits", None)  # all in this thread
-    monkeypatch.setattr(cpu, "_local", threading.local())
+    monkeypatch.setattr(tiles, "_on_threads", lambda run, threads: run())  # all in this thread
+    monkeypatch.setattr(tiles, "_local", threading.local())
     cpu.row_dequantizer.cache_clear()
     for name in QUANTIZED:
         packed = random_rows(name)
         cpu.linear(random_input(2).to(dtype), packed, QUANT_TYPES[name], None)
         cpu.input_gradient(torch.ones(2, ROWS, dtype=dtype), packed, QUANT_TYPES[name])
         cpu.dequantize(packed, QUANT_TYPES[name], dtype)
-    assert list(cpu._local.tiles) == [dtype]
+    assert list(tiles._local.tiles) == [dtype]
 
 
 def test_it_serves_inside_and_outside_of_inference_mode(threads):
@@ -271,67 +244,3 @@ def test_callers_at_once_get_their_own_results(threads):
 
     with ThreadPoolExecutor(len(names)) as callers:
         assert all(callers.map(call, names))
-
-
-@pytest.mark.parametrize("threads", [3], indirect=True)
-def test_it_leaves_the_numbers_of_threads_as_they_are(threads, monkeypatch):
-    monkeypatch.setattr(cpu, "_pools", {})
-    cpu.linear(random_input(2), random_rows("Q8_0"), QUANT_TYPES["Q8_0"], None)
-    assert torch.get_num_threads() == new_threads_number() == threads
-    assert {cpu._workers(threads).submit(torch.get_num_threads).result() for _ in range(20)} == {1}
-    torch.set_num_threads(2)
-    cpu.linear(random_input(2), random_rows("Q8_0"), QUANT_TYPES["Q8_0"], None)
-    assert torch.get_num_threads() == new_threads_number() == 2
-
-
-def test_without_threadpoolctl(threads, monkeypatch):
-    monkeypatch.setattr(cpu, "threadpool_limits", None)
-    monkeypatch.setattr(cpu, "_workers", None)
-    x, packed = random_input(2), random_rows("Q8_0")
-    expected = x @ QUANT_TYPES["Q8_0"].dequantize(packed).T
-    torch.testing.assert_close(cpu.linear(x, packed, QUANT_TYPES["Q8_0"], None), expected, rtol=1e-5, atol=1e-4)
-
-
-FACTORIZATION_AFTER_A_PRODUCT = """
-import dev
-dev.register_pack()
-import torch
-from auraflow_gguf.loader.kernels import native
-from auraflow_gguf.loader.kernels.native import build
-from auraflow_gguf.loader.kernels import cpu
-from auraflow_gguf.loader.quant_types import QUANT_TYPES
-torch.randn(8, 8) @ torch.randn(8, 8)
-packed = torch.zeros(1024, QUANT_TYPES["Q8_0"].row_bytes(1024), dtype=torch.uint8)
-cpu.linear(torch.randn(4, 1024), packed, QUANT_TYPES["Q8_0"], None)
-assert cpu._pools or torch.get_num_threads() == 1
-(torch.eye(384) - 0.01 * torch.randn(8, 384, 384)).inverse()
-"""
-
-
-def test_torchs_factorizations_still_work_afterwards():
-    """In a process of its own: what breaks them lasts."""
-    subprocess.run([sys.executable, "-c", FACTORIZATION_AFTER_A_PRODUCT], cwd=ROOT, check=True)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.parametrize("threads", [3], indirect=True)
-def test_a_forked_process_has_threads_of_its_own(threads):
-    x, packed = random_input(2), random_rows("Q8_0")
-    expected = cpu.linear(x, packed, QUANT_TYPES["Q8_0"], None)
-    child = os.fork()
-    if child == 0:
-        equal = False
-        try:
-            equal = torch.equal(cpu.linear(x, packed, QUANT_TYPES["Q8_0"], None), expected)
-        finally:
-            os._exit(0 if equal else 1)
-    for _ in range(300):
-        finished, status = os.waitpid(child, os.WNOHANG)
-        if finished:
-            break
-        time.sleep(0.1)
-    else:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    assert finished
-    assert os.waitstatus_to_exitcode(status) == 0
