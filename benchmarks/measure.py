@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import statistics
@@ -12,7 +13,9 @@ from pathlib import Path
 
 import torch
 
-GROUP = 5  # subjects that share a run of the baseline
+from ..loader.kernels import processor
+
+GROUP = 5  # subjects that share a run of each baseline
 
 
 @dataclass(frozen=True)
@@ -56,32 +59,32 @@ def side_by_side(baseline: Callable[[], object], subject: Callable[[], object], 
     """Run both in turns, after one warm-up of each; every other pair in the other order."""
     baseline()
     subject()
-    return in_turns(baseline, {"": subject}, pairs)[""]
+    return in_turns({"baseline": baseline}, {"subject": subject}, pairs)["baseline", "subject"]
 
 
 def in_turns(
-    baseline: Callable[[], object], subjects: Mapping[Hashable, Callable[[], object]], rounds: int
-) -> dict[Hashable, Ratio]:
+    baselines: Mapping[Hashable, Callable[[], object]], subjects: Mapping[Hashable, Callable[[], object]], rounds: int
+) -> dict[tuple[Hashable, Hashable], Ratio]:
     """Run all of them in each round, without a warm-up; every other round backwards.
 
-    `GROUP` subjects, one after the other, share a run of the baseline in their middle, which is the other half of the
-    pair of each.
+    `GROUP` subjects, one after the other, share a run of each baseline in their middle, which is the other half of the
+    pair of each. No baseline may have a subject's name.
 
     Returns:
-        the ratio of each subject to the baseline, of as many pairs as there are rounds.
+        for each baseline and subject their ratio, of as many pairs as there are rounds.
     """
     names = list(subjects)
     groups = [names[start : start + GROUP] for start in range(0, len(names), GROUP)]
-    times = {name: [] for name in names}
+    times = {pair: [] for pair in itertools.product(baselines, subjects)}
     for number in range(rounds):
         direction = -1 if number % 2 else 1
         for group in groups[::direction]:
             middle = len(group) // 2
-            runs = [*group[:middle], None, *group[middle:]]
-            taken = {name: seconds(subjects.get(name, baseline)) for name in runs[::direction]}
-            for name in group:
-                times[name].append((taken[None], taken[name]))
-    return {name: Ratio.of(pairs) for name, pairs in times.items()}
+            order = [*group[:middle], *baselines, *group[middle:]][::direction]
+            taken = {name: seconds(subjects[name] if name in subjects else baselines[name]) for name in order}
+            for baseline, name in itertools.product(baselines, group):
+                times[baseline, name].append((taken[baseline], taken[name]))
+    return {pair: Ratio.of(both) for pair, both in times.items()}
 
 
 def anonymous_bytes() -> int | None:
@@ -112,6 +115,9 @@ def machine() -> dict[str, object]:
         name = models[0].partition(":")[2].strip() if models else name
     return {
         "processor": name,
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "multiplies_bfloat16": processor.multiplies_bfloat16(),
+        "multiplies_int8": processor.multiplies_int8(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
