@@ -53,13 +53,13 @@ def _rates(quant_type: QuantType) -> dict[str, float]:
     if number in dequantize_functions:
         parameter = GGUFParameter(packed, quant_type=number)
         ways["diffusers"] = lambda: dequantize_gguf_tensor(parameter)
-    # On one thread, before this pack: torch's threads, which diffusers uses, keep the cores for a while afterwards.
+    # On one thread, and on libgguf's, before this pack: torch's, which diffusers uses, keep the cores afterwards.
     ways["gguf-py"] = lambda: gguf.quants.dequantize(packed.numpy(), number)
-    ways["pack"] = lambda: in_tiles(unpack, ROWS, cpu.TILE_BYTES // dense[0].nbytes)
     if quant_type.name not in STORED_DTYPES:
         ways["libgguf"] = lambda: libgguf.dequantize_rows_into_raw(
             quant_type.id, packed.numpy(), dense.numpy(), ROWS, COLUMNS
         )
+    ways["pack"] = lambda: in_tiles(unpack, ROWS, cpu.TILE_BYTES // dense[0].nbytes)
     taken = {way: [] for way in ways}
     for _ in range(RUNS):  # in turns: what new memory costs changes by the minute
         for way, run in ways.items():

@@ -13,8 +13,6 @@ from pathlib import Path
 
 import torch
 
-from ..loader.kernels import processor
-
 GROUP = 5  # subjects that share a run of each baseline
 
 
@@ -73,7 +71,7 @@ def in_turns(
     Returns:
         for each baseline and subject their ratio, of as many pairs as there are rounds.
     """
-    names = list(subjects)
+    runs, names = {**baselines, **subjects}, list(subjects)
     groups = [names[start : start + GROUP] for start in range(0, len(names), GROUP)]
     times = {pair: [] for pair in itertools.product(baselines, subjects)}
     for number in range(rounds):
@@ -81,7 +79,7 @@ def in_turns(
         for group in groups[::direction]:
             middle = len(group) // 2
             order = [*group[:middle], *baselines, *group[middle:]][::direction]
-            taken = {name: seconds(subjects[name] if name in subjects else baselines[name]) for name in order}
+            taken = {name: seconds(runs[name]) for name in order}
             for baseline, name in itertools.product(baselines, group):
                 times[baseline, name].append((taken[baseline], taken[name]))
     return {pair: Ratio.of(both) for pair, both in times.items()}
@@ -116,8 +114,6 @@ def machine() -> dict[str, object]:
     return {
         "processor": name,
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "multiplies_bfloat16": processor.multiplies_bfloat16(),
-        "multiplies_int8": processor.multiplies_int8(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",

@@ -29,7 +29,8 @@ SETTING_TEXT = (
 
 @torch.inference_mode()
 def measure(pairs: int, types: tuple[str, ...]) -> list[dict]:
-    """One row for each size, dtype of the dense model, and packed one, with the ratio of their steps."""
+    """One row for each size and packed model, with the ratio of its step to that of the dense model in float32, and one
+    to that in bfloat16 where it computes in that."""
     device = comfy.model_management.get_torch_device()
     weights = dense_state_dict(make_gguf("Q4_0"))  # how fast dense weights are does not depend on their values
     in_bfloat16 = torch.cuda.is_available() or multiplies_bfloat16()

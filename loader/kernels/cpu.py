@@ -26,7 +26,7 @@ TILE_BYTES = 4 * 2**20
 # On an EPYC, 4 MB take up to 1.35 times the dense product, 16 MB and more 0.89 to 1.08; on a Xeon with AVX-512, 4 MB
 # 1.13 to 1.23 times, 16 MB and more 0.97 to 1.11. The numbers are the same.
 PRODUCT_TILE_BYTES = 24 * 2**20
-ALL_PRODUCT_TILES_BYTES = 128 * 2**20  # of all threads
+ALL_PRODUCT_TILES_BYTES = 128 * 2**20  # of all threads that work for a caller
 
 PAGE, CACHE_LINE = 4096, 64  # bytes
 
@@ -212,7 +212,7 @@ def in_large_pages(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
     """Memory for a dense weight or a product; numpy asks Linux for large pages, which it can fill in a quarter of the
     time."""
     if rows == 0:  # which torch does not take from numpy as another dtype
-        return torch.empty(0, columns, dtype=dtype)
+        return torch.empty(0, columns, dtype=dtype, device="cpu")
     return torch.from_numpy(np.empty((rows, columns * dtype.itemsize), dtype=np.uint8)).view(dtype)
 
 

@@ -146,7 +146,7 @@ def row_scales(packed: torch.Tensor, quant_type: QuantType, smoothing: torch.Ten
     """
     if packed.device.type != "cpu":
         return scales_of_maxima(gpu.group_maxima(packed, quant_type, smoothing).amax(1))
-    scales = torch.empty(len(packed), dtype=torch.float32)
+    scales = torch.empty(len(packed), dtype=torch.float32, device="cpu")
 
     def find(start: int, stop: int) -> None:
         _turn(packed[start:stop], quant_type, smoothing, scales[start:stop], None, given=False)
@@ -176,7 +176,7 @@ def int8_weight(
     """
     if packed.device.type != "cpu":
         return gpu.int8_weight(packed, quant_type, scales, smoothing, reuse_buffer=reuse_buffer)
-    out = torch.empty(len(packed), quant_type.columns(packed.shape[1]), dtype=torch.int8)
+    out = torch.empty(len(packed), quant_type.columns(packed.shape[1]), dtype=torch.int8, device="cpu")
 
     def turn(start: int, stop: int) -> None:
         _turn(packed[start:stop], quant_type, smoothing, scales[start:stop], out[start:stop], given=True)
@@ -232,7 +232,7 @@ def linear_on_cpu(
 def _tokens(input: torch.Tensor, smoothing: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """``(tokens, columns)``, any float dtype, in int8, with the scale of each."""
     inverse = None if smoothing is None else smoothing.reciprocal()
-    tokens, scales = torch.empty(input.shape, dtype=torch.int8), torch.empty(len(input))
+    tokens, scales = input.new_empty(input.shape, dtype=torch.int8), input.new_empty(len(input), dtype=torch.float32)
 
     def turn(start: int, stop: int) -> None:
         rows = input[start:stop].float().contiguous()

@@ -1,16 +1,15 @@
 """Work on rows of a weight in tiles, on every core of a CPU: a thread takes the next tile when it is done with one.
 
 On Linux these are torch's own threads. After an operation they keep their cores for milliseconds, waiting for another
-one, so that other threads would have to wait for them: steps with threads of a pool take up to a quarter longer. Where
-torch's OpenMP has no call for it, and in a forked process, which has none of its parent's threads, there is such a
-pool, which needs threadpoolctl.
+one, so that other threads would have to wait for them: a step with a pool's takes up to a quarter longer. Where torch's
+OpenMP cannot be asked for them, and in a forked process, which has none of its parent's, a pool does it, which needs
+threadpoolctl.
 """
 
 from __future__ import annotations
 
 import ctypes
 import functools
-import itertools
 import os
 import sys
 import threading
@@ -24,7 +23,7 @@ try:
 except ImportError:
     threadpool_limits = None
 
-FIRST_PROCESS = os.getpid()
+_FIRST_PROCESS = os.getpid()
 
 _local = threading.local()
 _lock = threading.Lock()
@@ -35,7 +34,7 @@ def in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> N
     """Calls ``work(start, stop)`` for tiles of at most ``tile_rows`` rows, on as many threads as torch has.
 
     The torch operations of each thread stay on its own core; where there are neither torch's threads nor a pool's, all
-    tiles are taken by the caller, and torch's threads share each operation. They run in inference mode and without
+    tiles are taken by the caller, and torch's threads share each operation. ``work`` runs in inference mode and without
     autocast, whatever the caller's mode.
 
     Raises:
@@ -49,7 +48,7 @@ def in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> N
 
     def take_tiles() -> None:
         try:
-            with torch.inference_mode(), torch.autocast("cpu", enabled=False):
+            with torch.inference_mode():
                 for start in starts:
                     if errors:
                         break
@@ -57,25 +56,26 @@ def in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> N
         except BaseException as error:
             errors.append(error)
 
-    _on_threads(take_tiles, threads)
+    with torch.autocast("cpu", enabled=False):
+        _on_threads(take_tiles, threads)
     if errors:
-        raise errors[0]
+        raise errors.pop(0)
 
 
 def tile(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """This thread's buffer of at least ``elements`` of a dtype, made once and kept."""
+    """This thread's buffer of at least ``elements`` of a dtype, made once and kept, in memory of the CPU."""
     tiles = vars(_local).setdefault("tiles", {})
     tile = tiles.get(dtype)
     if tile is None or tile.numel() < elements:
         tile = tiles[dtype] = None  # the smaller one goes first
         with torch.inference_mode(False):  # for use in any mode
-            tile = tiles[dtype] = torch.empty(elements, dtype=dtype)
+            tile = tiles[dtype] = torch.empty(elements, dtype=dtype, device="cpu")
     return tile[:elements]
 
 
 def _on_threads(run: Callable[[], None], threads: int) -> None:
     """Calls ``run``, which raises nothing, on each of so many threads, or once."""
-    if threads > 1 and os.getpid() == FIRST_PROCESS and _torchs_parallel() is not None:
+    if threads > 1 and os.getpid() == _FIRST_PROCESS and _torchs_openmp() is not None:
         _on_torchs_threads(run, threads)
     elif threads > 1 and threadpool_limits is not None:
         workers = _workers(threads)
@@ -89,34 +89,32 @@ _Member = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 @functools.cache
-def _torchs_parallel() -> Callable[[Callable[[int], None], None, int, int], None] | None:
-    """``GOMP_parallel(function, argument, threads, flags)`` of the OpenMP that torch itself runs on, if it has one.
-
-    It is what a compiler makes of ``#pragma omp parallel``: libgomp's, and LLVM's and Intel's have it too.
+def _torchs_openmp() -> ctypes.CDLL | None:
+    """What has ``GOMP_parallel(function, argument, threads, flags)``, into which compilers turn an ``omp parallel``, of
+    the OpenMP that torch runs on: GNU's, or LLVM's or Intel's in its place. None where there is none to be found.
     """
     if not sys.platform.startswith("linux"):
         return None
-    try:  # torch's library, which is loaded, and those that it was linked to
-        parallel = ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD | os.RTLD_NOW).GOMP_parallel
-    except (OSError, AttributeError):
+    loaded = ctypes.CDLL(None)  # torch finds its own there too, or what was loaded in its place
+    if not hasattr(loaded, "GOMP_parallel"):
         return None
-    parallel.argtypes, parallel.restype = (_Member, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint), None
-    return parallel
+    loaded.GOMP_parallel.argtypes = (_Member, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint)
+    loaded.GOMP_parallel.restype = None
+    return loaded
 
 
 def _on_torchs_threads(run: Callable[[], None], threads: int) -> None:
     """Calls ``run`` on the caller's thread and on those that torch has for it.
 
-    For Python the latter are new threads at each call. So their tiles are kept for them by the caller's.
+    For Python the latter are new threads at each call. So their tiles are kept by the caller's, by their numbers.
     """
-    kept = vars(_local).setdefault("tiles_of_team", {})
-    numbers = itertools.count()
+    openmp, kept = _torchs_openmp(), vars(_local).setdefault("tiles_of_team", {})
 
     def member(_: int | None) -> None:
-        _local.tiles = kept.setdefault(next(numbers), {})
+        _local.tiles = kept.setdefault(openmp.omp_get_thread_num(), {})
         run()
 
-    _torchs_parallel()(_Member(member), None, threads, 0)
+    openmp.GOMP_parallel(_Member(member), None, threads, 0)
 
 
 def _workers(threads: int) -> ThreadPoolExecutor:

@@ -183,6 +183,14 @@ def test_it_serves_inside_and_outside_of_inference_mode(threads):
     outside.mul_(2)  # a tensor like any other
 
 
+def test_the_callers_default_device_is_not_the_buffers(threads, monkeypatch):
+    monkeypatch.setattr(tiles, "_local", threading.local())
+    x, packed = random_input(2), random_rows("Q8_0")
+    with torch.device("meta"):
+        out = cpu.linear(x, packed, QUANT_TYPES["Q8_0"], None)
+    assert torch.equal(out, cpu.linear(x, packed, QUANT_TYPES["Q8_0"], None))
+
+
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("name", [name for name in QUANT_TYPES if name != "F64"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
