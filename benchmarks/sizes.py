@@ -23,7 +23,7 @@ PIXELS = {256: 64, 512: 256, 1024: 256}  # and text tokens
 FEWER_PAIRS = {256: 1, 512: 2, 1024: 3}  # by what their number is divided: a step of the largest takes 20 s
 SETTING_TEXT = (
     "AuraFlow of 1 double and 1 single layer at full width, 64 text tokens at 256², 256 at 512² and 1024², batch 1, "
-    "beside the same weights dense, in the same dtype and in float32"
+    "beside dense weights in the same dtype and in float32"
 )
 
 

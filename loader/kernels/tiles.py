@@ -90,8 +90,10 @@ _Member = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 @functools.cache
 def _torchs_openmp() -> ctypes.CDLL | None:
-    """What has ``GOMP_parallel(function, argument, threads, flags)``, into which compilers turn an ``omp parallel``, of
-    the OpenMP that torch runs on: GNU's, or LLVM's or Intel's in its place. None where there is none to be found.
+    """The OpenMP that torch runs on, or None where it is not found.
+
+    It is asked by ``GOMP_parallel(function, argument, threads, flags)``, what GCC makes of ``omp parallel`` (libgomp's
+    manual, "The libgomp ABI"); LLVM's and Intel's OpenMP have it too.
     """
     if not sys.platform.startswith("linux"):
         return None

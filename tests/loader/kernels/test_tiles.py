@@ -7,23 +7,21 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
+from auraflow_gguf.devtools import ROOT
 from auraflow_gguf.loader.kernels import tiles
 from auraflow_gguf.loader.kernels.tiles import in_tiles, tile
 
-ROOT = Path(__file__).resolve().parents[3]
 ROWS = 43
+SEVERAL = ["torch", "pool"] if sys.platform.startswith("linux") else ["pool"]  # who has several threads for us
 
 
-@pytest.fixture(params=["torch", "pool", "neither"])
+@pytest.fixture(params=[*SEVERAL, "neither"])
 def whose(request, monkeypatch):
     """Whose threads: a pool's where torch has none to give, and without threadpoolctl the caller's."""
     if request.param == "torch":
-        if not sys.platform.startswith("linux"):
-            pytest.skip("torch's threads can be asked for on Linux alone")
         assert tiles._torchs_openmp() is not None
     else:
         monkeypatch.setattr(tiles, "_torchs_openmp", lambda: None)
@@ -50,7 +48,7 @@ def test_a_small_weight_has_tiles_for_all_threads(whose, threads):
 
 
 @pytest.mark.parametrize("threads", [3], indirect=True)
-@pytest.mark.parametrize("whose", ["torch", "pool"], indirect=True)
+@pytest.mark.parametrize("whose", SEVERAL, indirect=True)
 def test_threads_work_at_once_and_keep_their_tiles(whose, threads):
     together, seen, held = threading.Barrier(threads, timeout=30), set(), []
 
@@ -154,7 +152,7 @@ if sys.platform.startswith("linux"):
 """
 
 
-@pytest.mark.parametrize("whose", ["torch", "pool"])
+@pytest.mark.parametrize("whose", SEVERAL)
 def test_torchs_threads_suffice_and_its_factorizations_still_work(whose):
     """In a process of its own: what breaks them lasts."""
     subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, whose], cwd=ROOT, check=True)
@@ -162,7 +160,7 @@ def test_torchs_threads_suffice_and_its_factorizations_still_work(whose):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 @pytest.mark.parametrize("threads", [3], indirect=True)
-@pytest.mark.parametrize("whose", ["torch", "pool"], indirect=True)
+@pytest.mark.parametrize("whose", SEVERAL, indirect=True)
 def test_a_forked_process_has_threads_of_its_own(whose, threads):
     x, weight = torch.randn(5, 300), torch.randn(ROWS, 300)
 
