@@ -36,7 +36,8 @@ typedef struct {
     FloatLanes part[PARTS];
 } Floats; /* 16 of them */
 
-enum format { FLOAT32, BFLOAT16, FLOAT16 };
+/* BFLOAT16 is of numbers none of which is subnormal, as no weight of a type is whose scale is a half */
+enum format { FLOAT32, BFLOAT16, ANY_BFLOAT16, FLOAT16 };
 
 INLINE uint16_t half_word_at(const uint8_t *at) {
     uint16_t word;
@@ -180,7 +181,16 @@ INLINE void put(void *out, int at, Floats x, enum format format) {
         return;
     }
     uint16_t *halves = (uint16_t *)out + at;
-    if (format == BFLOAT16) {
+#if X86 && defined(__AVX512BF16__) && defined(__AVX512VL__)
+    if (format == BFLOAT16) { /* which takes subnormal numbers for zero */
+        UNROLLED
+        for (int i = 0; i < PARTS; i++) {
+            _mm_storeu_si128((__m128i *)(halves + LANES * i), (__m128i)_mm256_cvtneps_pbh((__m256)x.part[i]));
+        }
+        return;
+    }
+#endif
+    if (format == BFLOAT16 || format == ANY_BFLOAT16) {
         WordLanes bits[PARTS];
         UNROLLED
         for (int i = 0; i < PARTS; i++) {

@@ -36,6 +36,7 @@ DEQUANTIZERS(iq4_xs, 136, 256)
 /* 17 bytes, 32 weights: e[1] qs[16]; x = 2^(e - 128) value[q], the values doubled */
 INLINE void unpack_mxfp4(const uint8_t *restrict block, void *restrict out, enum format format) {
     const uint32_t e = block[0], bits = e < 2 ? 0x200000u << e : (e - 1) << 23;
+    format = format == BFLOAT16 && e < 2 ? ANY_BFLOAT16 : format;
     put_values(out, 0, E2M1_VALUES, block + 1, float_of_bits(bits), format);
 }
 DEQUANTIZERS(mxfp4, 17, 32)

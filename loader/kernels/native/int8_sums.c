@@ -41,5 +41,5 @@ INLINE void scale_all(const int32_t *restrict sums, uint8_t *restrict out, const
         scale_all(sums, (uint8_t *)out, token_scales, scales, tokens, rows, apart, format);                            \
     }
 SUMS(, float, FLOAT32)
-SUMS(_bf16, uint16_t, BFLOAT16)
+SUMS(_bf16, uint16_t, ANY_BFLOAT16)
 SUMS(_f16, uint16_t, FLOAT16)
