@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_functions, dequantize_gguf_tensor
 
-from ..loader.kernels import cpu
+from ..loader.kernels import cpu, dequantizers
 from ..loader.kernels.tiles import in_tiles
 from ..loader.quant_types import QUANT_TYPES, STORED_DTYPES, QuantType
 from .measure import seconds
@@ -43,7 +43,7 @@ def _rates(quant_type: QuantType) -> dict[str, float]:
     moved = packed.nbytes + 4 * ROWS * COLUMNS
     source, target = torch.zeros(2, moved // 2, dtype=torch.uint8)
     dense = torch.from_numpy(np.ones((ROWS, COLUMNS), np.float32))  # in large pages, where Linux has them
-    dequantize_into = cpu.row_dequantizer(quant_type, torch.float32)
+    dequantize_into = dequantizers.row_dequantizer(quant_type, torch.float32)
 
     def unpack(start: int, stop: int) -> None:
         dequantize_into(packed[start:stop], dense[start:stop])

@@ -24,6 +24,7 @@ import torch
 
 from ..quant_types import QuantType
 from . import cpu, dequantize, gpu, native, processor
+from .dequantizers import SUFFIXES, dequantizer_in_c
 from .tiles import in_tiles, tile
 
 GROUP = 256
@@ -282,7 +283,7 @@ def _turn(
 def _in_c(quant_type: QuantType | None) -> Callable[..., None] | None:
     """`_turn` in C, for packed rows of a type or for float32 ones; None where that is not compiled."""
     int8_rows = native.function("int8.c", "int8_rows")
-    found = (None, None) if quant_type is None else cpu.dequantizer_in_c(quant_type, torch.float32)
+    found = (None, None) if quant_type is None else dequantizer_in_c(quant_type, torch.float32)
     if int8_rows is None or found is None:
         return None
     dequantizer, grid = found
@@ -302,7 +303,7 @@ def _in_c(quant_type: QuantType | None) -> Callable[..., None] | None:
 
 def _write(sums: torch.Tensor, token_scales: torch.Tensor, scales: torch.Tensor, out: torch.Tensor) -> None:
     """Write what sums ``(tokens, rows)``, int32 or float32, are worth into ``out``, of any float dtype."""
-    suffix = cpu.SUFFIXES.get(out.dtype) if sums.dtype == torch.int32 else None
+    suffix = SUFFIXES.get(out.dtype) if sums.dtype == torch.int32 else None
     if suffix is not None and (in_c := native.function("int8_sums.c", f"int8_sums{suffix}")):
         addresses = (x.data_ptr() for x in (sums, out, token_scales, scales))
         in_c(*addresses, *sums.shape, out.stride(0))

@@ -1,4 +1,4 @@
-"""What the processor multiplies in hardware, as torch says or shows."""
+"""Whose the processor is, and what it multiplies in hardware, as torch says or shows."""
 
 from __future__ import annotations
 
@@ -6,10 +6,18 @@ import functools
 import platform
 import timeit
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
+CPUINFO = Path("/proc/cpuinfo")
 PROBED_ROWS, PROBED = 128, 1024  # rows of input, and rows and columns of the weight
+
+
+@functools.cache
+def made_by_amd() -> bool:
+    """Whether the processor is AMD's, by its vendor string: as Linux and Windows have it, not elsewhere."""
+    return "AuthenticAMD" in (CPUINFO.read_text() if CPUINFO.exists() else platform.processor())
 
 
 def multiplies_bfloat16() -> bool:

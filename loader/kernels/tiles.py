@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import os
 import sys
 import threading
@@ -30,8 +31,10 @@ _lock = threading.Lock()
 _pools: dict[tuple[int, int], ThreadPoolExecutor] = {}
 
 
-def in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> None:
+def in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int, multiple: int = 1) -> None:
     """Calls ``work(start, stop)`` for tiles of at most ``tile_rows`` rows, on as many threads as torch has.
+
+    All tiles but the last are of a multiple of so many rows, one at least, and all of about the same.
 
     The torch operations of each thread stay on its own core; where there are neither torch's threads nor a pool's, all
     tiles are taken by the caller, and torch's threads share each operation. ``work`` runs in inference mode and without
@@ -41,18 +44,20 @@ def in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> N
         what ``work`` raises first; tiles that no thread has begun by then are left.
     """
     threads = torch.get_num_threads()
-    rounds = max(1, -(-rows // (max(1, tile_rows) * threads)))
-    tile_rows = max(1, -(-rows // (rounds * threads)))  # as many for each thread: none waits for the last tile
-    starts = iter(range(0, rows, tile_rows))
+    units = -(-rows // multiple)
+    rounds = -(-units // (max(1, tile_rows // multiple) * threads))
+    tiles = min(units, rounds * threads)  # as many for each thread: none waits for the last tile
+    bounds = [min(rows, units * i // tiles * multiple) for i in range(tiles + 1)] if tiles else []
+    pairs = iter(list(itertools.pairwise(bounds)))
     errors: list[BaseException] = []
 
     def take_tiles() -> None:
         try:
             with torch.inference_mode():
-                for start in starts:
+                for start, stop in pairs:
                     if errors:
                         break
-                    work(start, min(start + tile_rows, rows))
+                    work(start, stop)
         except BaseException as error:
             errors.append(error)
 
@@ -62,14 +67,18 @@ def in_tiles(work: Callable[[int, int], object], rows: int, tile_rows: int) -> N
         raise errors.pop(0)
 
 
-def tile(elements: int, dtype: torch.dtype) -> torch.Tensor:
-    """This thread's buffer of at least ``elements`` of a dtype, made once and kept, in memory of the CPU."""
-    tiles = vars(_local).setdefault("tiles", {})
-    tile = tiles.get(dtype)
+def tile(elements: int, dtype: torch.dtype, purpose: str = "") -> torch.Tensor:
+    """This thread's buffer of at least ``elements`` of a dtype, made once and kept, in memory of the CPU.
+
+    Args:
+        purpose: what tells buffers apart that are in use at the same time.
+    """
+    tiles, key = vars(_local).setdefault("tiles", {}), (dtype, purpose)
+    tile = tiles.get(key)
     if tile is None or tile.numel() < elements:
-        tile = tiles[dtype] = None  # the smaller one goes first
+        tile = tiles[key] = None  # the smaller one goes first
         with torch.inference_mode(False):  # for use in any mode
-            tile = tiles[dtype] = torch.empty(elements, dtype=dtype, device="cpu")
+            tile = tiles[key] = torch.empty(elements, dtype=dtype, device="cpu")
     return tile[:elements]
 
 
@@ -110,7 +119,8 @@ def _on_torchs_threads(run: Callable[[], None], threads: int) -> None:
 
     For Python the latter are new threads at each call. So their tiles are kept by the caller's, by their numbers.
     """
-    openmp, kept = _torchs_openmp(), vars(_local).setdefault("tiles_of_team", {})
+    openmp, local = _torchs_openmp(), vars(_local)
+    kept = local.setdefault("tiles_of_team", {0: local.setdefault("tiles", {})})  # the caller is the first
 
     def member(_: int | None) -> None:
         _local.tiles = kept.setdefault(openmp.omp_get_thread_num(), {})

@@ -36,6 +36,13 @@ INT8_ROWS = (
 # The addresses of int32 sums, of what is written, of the scales of tokens and of rows; tokens, rows, and how many
 # numbers the tokens are apart in what is written.
 INT8_SUMS = (_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _NUMBER)
+# The address of tokens, how many bytes they are apart, their number, words of each, and the address of what is written.
+TOKENS = (_ADDRESS, _NUMBER, _NUMBER, _NUMBER, _ADDRESS)
+# As multiply.c has them.
+PRODUCT = (
+    *(_ADDRESS, _NUMBER, _ADDRESS, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER),
+    *(_NUMBER, _NUMBER, _ADDRESS, _NUMBER, _ADDRESS),
+)
 
 # What the functions of each file take.
 SOURCES = {
@@ -45,6 +52,8 @@ SOURCES = {
     "dequantize_values.c": BLOCKS,
     "int8.c": INT8_ROWS,
     "int8_sums.c": INT8_SUMS,
+    "multiply.c": PRODUCT,
+    "multiply_tokens.c": TOKENS,
     "quantize_iq4.c": ROWS,
     "quantize_k.c": ROWS,
     "quantize_q.c": ROWS,
@@ -54,11 +63,10 @@ Function = Callable[..., None]
 
 
 def function(source: str, name: str) -> Function | None:
-    """The function ``name`` of one of the `SOURCES`; None where that is not compiled."""
-    library = _library(source)
-    if library is None:
+    """The function ``name`` of one of the `SOURCES`; None where that is not compiled, or not for this processor."""
+    found = getattr(_library(source), name, None)
+    if found is None:
         return None
-    found = getattr(library, name)
     found.argtypes, found.restype = SOURCES[source], None
     return found
 

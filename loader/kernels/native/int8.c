@@ -2,7 +2,7 @@
  * Rows of numbers as rotated int8: groups of 256 times ConvRot's Hadamard matrix, H4 x H4 x H4 x H4 / 16, each row in
  * steps of a scale of its own. The sums of `rotated` in int8.py, in its order.
  */
-#include "native.h"
+#include "transpose.h"
 
 enum { GROUP = 256 };
 
@@ -12,55 +12,16 @@ enum { GROUP = 256 };
         a = p + n, b = p - n, c = m + q, d = q - m;                                                                    \
     } while (0)
 
-#if defined(__AVX2__) && !defined(PLAIN) && defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define SHUFFLED(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#endif
-#endif
-
 /*
  * Half of the rotation: 16 x 16 numbers are transposed, so that neighbours are 16 apart and many are computed at a time,
  * and then the sums of four that are 16 and 64 apart are taken.
  */
 #if defined(SHUFFLED)
-typedef float floats __attribute__((vector_size(32)));
-
-/* 8 x 8 of the 16 x 16: compilers move floats one by one for it */
-static inline void transposed_8(const float *in, floats *x) {
-    floats y[8];
-    UNROLLED
-    for (int i = 0; i < 8; i++) {
-        memcpy(&x[i], in + 16 * i, sizeof x[i]);
-    }
-    UNROLLED
-    for (int i = 0; i < 8; i += 2) {
-        y[i] = SHUFFLED(x[i], x[i + 1], 0, 8, 1, 9, 4, 12, 5, 13);
-        y[i + 1] = SHUFFLED(x[i], x[i + 1], 2, 10, 3, 11, 6, 14, 7, 15);
-    }
-    UNROLLED
-    for (int i = 0; i < 8; i += 4) {
-        UNROLLED
-        for (int j = 0; j < 2; j++) {
-            x[i + 2 * j] = SHUFFLED(y[i + j], y[i + j + 2], 0, 1, 8, 9, 4, 5, 12, 13);
-            x[i + 2 * j + 1] = SHUFFLED(y[i + j], y[i + j + 2], 2, 3, 10, 11, 6, 7, 14, 15);
-        }
-    }
-    UNROLLED
-    for (int i = 0; i < 4; i++) {
-        y[i] = SHUFFLED(x[i], x[i + 4], 0, 1, 2, 3, 8, 9, 10, 11);
-        y[i + 4] = SHUFFLED(x[i], x[i + 4], 4, 5, 6, 7, 12, 13, 14, 15);
-    }
-    UNROLLED
-    for (int i = 0; i < 8; i++) {
-        x[i] = y[i];
-    }
-}
-
 static inline void rotate_half(const float *in, float *out) {
     for (int i = 0; i < 16; i += 8) {
         floats x[16];
-        transposed_8(in + 16 * i, x);
-        transposed_8(in + 16 * i + 8, x + 8);
+        transposed_8(in + 16 * i, 64, x);
+        transposed_8(in + 16 * i + 8, 64, x + 8);
         UNROLLED
         for (int k = 0; k < 16; k += 4) {
             FOUR(x[k], x[k + 1], x[k + 2], x[k + 3], floats);
@@ -134,12 +95,6 @@ static inline void round_to_steps(const float *restrict x, float inverse, int8_t
     }
 }
 
-/* one of the dequantizers, of the types that have a grid, or of those that have none */
-typedef union {
-    void (*of_blocks)(const uint8_t *packed, float *out, int64_t blocks);
-    void (*of_grid)(const uint8_t *packed, float *out, int64_t blocks, const int8_t *grid);
-} Dequantizer;
-
 /*
  * Rows in int8, or their scales alone.
  *
@@ -154,14 +109,10 @@ typedef union {
 API void int8_rows(const uint8_t *rows, int64_t row_bytes, void *dequantizer, const int8_t *grid, int64_t blocks,
                    const float *smoothing, float *restrict scratch, float *restrict scales, int64_t given,
                    int8_t *restrict out, int64_t n, int64_t columns) {
-    Dequantizer dequantize;
-    memcpy(&dequantize, &dequantizer, sizeof dequantize);
     for (int64_t row = 0; row < n; row++, rows += row_bytes) {
         const float *values = dequantizer ? scratch : (const float *)rows;
-        if (grid) {
-            dequantize.of_grid(rows, scratch, blocks, grid);
-        } else if (dequantizer) {
-            dequantize.of_blocks(rows, scratch, blocks);
+        if (dequantizer) {
+            dequantize_with(dequantizer, grid, rows, scratch, blocks);
         }
         uint32_t most = 0;
         for (int64_t column = 0; column < columns; column += GROUP) {

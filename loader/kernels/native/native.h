@@ -42,3 +42,18 @@ static inline float half_at(const uint8_t *at) {
     }
     return float_of_bits(sign | bits_of_float(float_of_bits(rest) * 0x1p112f));
 }
+
+/* blocks by one of the dequantizers, whose type has a grid, or NULL for it */
+static inline void dequantize_with(void *dequantizer, const int8_t *grid, const uint8_t *packed, void *out,
+                                   int64_t blocks) {
+    union {
+        void *address;
+        void (*of_blocks)(const uint8_t *packed, void *out, int64_t blocks);
+        void (*of_grid)(const uint8_t *packed, void *out, int64_t blocks, const int8_t *grid);
+    } dequantize = {dequantizer};
+    if (grid) {
+        dequantize.of_grid(packed, out, blocks, grid);
+    } else {
+        dequantize.of_blocks(packed, out, blocks);
+    }
+}

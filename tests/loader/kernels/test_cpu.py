@@ -1,4 +1,7 @@
-"""The tiled product on a CPU equals the product with the dequantized weight, whatever dequantizes."""
+"""The tiled product on a CPU equals the product with the dequantized weight, whatever dequantizes.
+
+Torch multiplies here; test_multiply.py is about our own C.
+"""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -6,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import libgguf
 import pytest
 import torch
-from auraflow_gguf.loader.kernels import add_low_rank, cpu, native, packed_linear, tiles
+from auraflow_gguf.loader.kernels import add_low_rank, cpu, dequantizers, native, packed_linear, processor, tiles
 from auraflow_gguf.loader.kernels.tiles import in_tiles
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 
@@ -39,6 +42,11 @@ def random_input(rows: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, COLUMNS, generator=torch.Generator().manual_seed(seed))
 
 
+@pytest.fixture(autouse=True)
+def torchs_products(monkeypatch):
+    monkeypatch.setattr(processor, "made_by_amd", lambda: False)
+
+
 @pytest.fixture(params=["c", "libgguf", "torch"])
 def engine(request, monkeypatch):
     if request.param == "c":
@@ -46,10 +54,10 @@ def engine(request, monkeypatch):
     if request.param != "c":
         monkeypatch.setattr(native, "function", lambda file, name: None)
     if request.param == "torch":
-        monkeypatch.setattr(cpu, "_libgguf", lambda: None)
-    cpu.row_dequantizer.cache_clear()
+        monkeypatch.setattr(dequantizers, "_libgguf", lambda: None)
+    dequantizers.row_dequantizer.cache_clear()
     yield request.param
-    cpu.row_dequantizer.cache_clear()
+    dequantizers.row_dequantizer.cache_clear()
 
 
 @pytest.fixture
@@ -136,7 +144,7 @@ def test_all_engines_give_the_bits_of_the_formula(engine, name):
     packed = random_rows(name)
     for dtype, bits in BITS.items():
         rows = torch.empty(ROWS, COLUMNS, dtype=dtype)
-        cpu.row_dequantizer(QUANT_TYPES[name], dtype)(packed, rows)
+        dequantizers.row_dequantizer(QUANT_TYPES[name], dtype)(packed, rows)
         assert torch.equal(rows.view(bits), QUANT_TYPES[name].dequantize(packed, dtype).view(bits))
 
 
@@ -161,13 +169,13 @@ def test_in_c_there_is_no_pass_in_float32(dtype, monkeypatch):
     build_or_skip()
     monkeypatch.setattr(tiles, "_on_threads", lambda run, threads: run())  # all in this thread
     monkeypatch.setattr(tiles, "_local", threading.local())
-    cpu.row_dequantizer.cache_clear()
+    dequantizers.row_dequantizer.cache_clear()
     for name in QUANTIZED:
         packed = random_rows(name)
         cpu.linear(random_input(2).to(dtype), packed, QUANT_TYPES[name], None)
         cpu.input_gradient(torch.ones(2, ROWS, dtype=dtype), packed, QUANT_TYPES[name])
         cpu.dequantize(packed, QUANT_TYPES[name], dtype)
-    assert list(tiles._local.tiles) == [dtype]
+    assert list(tiles._local.tiles) == [(dtype, "")]
 
 
 def test_it_serves_inside_and_outside_of_inference_mode(threads):

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from auraflow_gguf.loader.kernels import cpu, native
+from auraflow_gguf.loader.kernels import dequantizers, native
 from auraflow_gguf.loader.kernels.native import build
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.loader.quant_types.grids import grid
@@ -34,7 +34,7 @@ def function(request, tmp_path_factory) -> Callable[[str, str], native.Function]
 
 
 def assert_bits_of_the_formula(function, name: str, blocks: np.ndarray) -> None:
-    quant_type, source = QUANT_TYPES[name], cpu.IN_C[name]
+    quant_type, source = QUANT_TYPES[name], dequantizers.IN_C[name]
     packed = torch.from_numpy(blocks)
     tables = []
     if native.SOURCES[source] is native.BLOCKS_AND_GRID:
@@ -43,7 +43,7 @@ def assert_bits_of_the_formula(function, name: str, blocks: np.ndarray) -> None:
     for dtype, bits in BITS.items():
         expected = quant_type.dequantize(packed.flatten(), dtype)
         buffer = torch.full((expected.numel() + 64,), UNTOUCHED, dtype=dtype)
-        dequantize = function(source, f"dequantize_{name.lower()}{cpu.SUFFIXES[dtype]}")
+        dequantize = function(source, f"dequantize_{name.lower()}{dequantizers.SUFFIXES[dtype]}")
         dequantize(packed.data_ptr(), buffer.data_ptr(), len(packed), *tables)
         ours = buffer[:-64]
         assert (buffer[-64:] == UNTOUCHED).all()
@@ -53,7 +53,7 @@ def assert_bits_of_the_formula(function, name: str, blocks: np.ndarray) -> None:
 
 
 def test_every_type_is_in_c():
-    assert set(cpu.IN_C) == set(QUANTIZED)
+    assert set(dequantizers.IN_C) == set(QUANTIZED)
 
 
 @pytest.mark.parametrize("name", QUANTIZED)

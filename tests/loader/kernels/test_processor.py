@@ -37,9 +37,28 @@ def test_a_torch_that_does_not_ask(says, monkeypatch):
 
 @pytest.fixture
 def asked_anew():
-    processor.multiplies_int8.cache_clear()
+    for function in (processor.made_by_amd, processor.multiplies_int8):
+        function.cache_clear()
     yield
-    processor.multiplies_int8.cache_clear()
+    for function in (processor.made_by_amd, processor.multiplies_int8):
+        function.cache_clear()
+
+
+@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
+def test_vendor_by_linux(monkeypatch, tmp_path, vendor):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel name\t: one\n")
+    monkeypatch.setattr(processor, "CPUINFO", cpuinfo)
+    assert processor.made_by_amd() == (vendor == "AuthenticAMD")
+
+
+@pytest.mark.usefixtures("asked_anew")
+@pytest.mark.parametrize("vendor", ["AuthenticAMD", "GenuineIntel"])
+def test_vendor_by_windows(monkeypatch, tmp_path, vendor):
+    monkeypatch.setattr(processor, "CPUINFO", tmp_path / "none")
+    monkeypatch.setattr(platform, "processor", lambda: f"AMD64 Family 25 Model 33 Stepping 0, {vendor}")
+    assert processor.made_by_amd() == (vendor == "AuthenticAMD")
 
 
 @pytest.mark.usefixtures("asked_anew")

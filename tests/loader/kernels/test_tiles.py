@@ -44,7 +44,7 @@ def test_each_row_is_taken_once(whose, threads, rows, tile_rows):
 def test_a_small_weight_has_tiles_for_all_threads(whose, threads):
     starts = []
     in_tiles(lambda start, stop: starts.append((start, stop)), rows=ROWS, tile_rows=1000)
-    assert sorted(starts) == [(0, 15), (15, 30), (30, 43)]
+    assert sorted(starts) == [(0, 14), (14, 28), (28, 43)]
 
 
 @pytest.mark.parametrize("threads", [3], indirect=True)

@@ -1,0 +1,91 @@
+"""The product of tokens with a packed weight in C of our own, which dequantizes while it lays the weight out.
+
+Torch multiplies in MKL and oneDNN, which are Intel's. On AMD's processors MKL makes about three quarters of the float32
+products that a core could, and this nine tenths; in bfloat16 this is as fast as oneDNN with a dense weight. On others
+torch multiplies: on Intel's the two have not been compared, and AMX, which in bfloat16 is a multiple of AVX-512, is not
+used here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from ..quant_types import STORED_DTYPES, QuantType
+from . import native, processor
+from .dequantizers import dequantizer_in_c, row_dequantizer
+from .tiles import in_tiles, tile
+
+NAMES = {torch.float32: "multiply", torch.bfloat16: "multiply_bf16"}
+
+# As in multiply.c: rows of a group, words of a part of the columns, tokens of a panel. A panel of rows is of 24 or 48.
+GROUPS = {torch.float32: 384, torch.bfloat16: 96}
+DEPTHS = {torch.float32: 256, torch.bfloat16: 1536}
+SIDE, PANEL = 8, 48
+
+TILE_ROWS = 384  # that a thread takes at a time
+TOKENS_BYTES = 32 * 2**20  # of tokens that all threads multiply with a weight before it is dequantized anew for others
+
+
+def multiplies(input: torch.Tensor) -> bool:
+    """Whether `multiply` is the faster one for this input ``(tokens, columns)`` and a weight that is dequantized."""
+    return processor.made_by_amd() and can_multiply(input)
+
+
+def can_multiply(input: torch.Tensor) -> bool:
+    """Whether `multiply` takes this input at all: float32, or bfloat16 where the processor has products of it."""
+    in_words = input.numel() > 0 and input.shape[1] * input.element_size() % 4 == 0 and input.stride(1) == 1
+    return in_words and _in_c(input.dtype) is not None
+
+
+def multiply(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, out: torch.Tensor) -> None:
+    """``out = input @ dequantize(packed).T``, with sums in float32.
+
+    The bits of a token's product depend neither on other tokens nor on other rows, nor on the threads.
+
+    Args:
+        input: ``(tokens, columns)``, for which `can_multiply`.
+        packed: ``(rows, row_bytes) uint8``, rows contiguous.
+        out: ``(tokens, rows)`` of ``input``'s dtype, tokens contiguous.
+    """
+    lay_out, words = native.function("multiply_tokens.c", "multiply_tokens"), input.shape[1] * input.element_size() // 4
+    most = max(1, TOKENS_BYTES // (4 * words * SIDE)) * SIDE
+    for part, out_part in zip(input.split(most), out.split(most), strict=True):
+        tokens = tile(-(-len(part) // SIDE) * SIDE * words, torch.int32, "tokens").view(-1, words)
+
+        def lay_out_tokens(start: int, stop: int, part=part, tokens=tokens) -> None:
+            some = part[start:stop]
+            lay_out(some.data_ptr(), some.stride(0) * some.element_size(), len(some), words, tokens[start].data_ptr())
+
+        in_tiles(lay_out_tokens, len(part), SIDE * SIDE, SIDE)
+        _multiply_with(tokens, packed, quant_type, out_part)
+
+
+def _multiply_with(tokens: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, out: torch.Tensor) -> None:
+    dtype, columns = out.dtype, quant_type.columns(packed.shape[1])
+    product, depth = _in_c(dtype), DEPTHS[dtype]
+    in_c = dequantizer_in_c(quant_type, dtype)
+    address, grid = (None, None) if in_c is None else in_c
+    address = ctypes.cast(address, ctypes.c_void_p).value if address else None
+    dequantize_into = None
+    if in_c is None and STORED_DTYPES.get(quant_type.name) != dtype:
+        dequantize_into = row_dequantizer(quant_type, dtype)
+
+    def multiply_rows(start: int, stop: int) -> None:
+        rows = packed[start:stop]
+        if dequantize_into is not None:
+            rows = tile(len(rows) * columns, dtype, "rows").view(-1, columns)
+            dequantize_into(packed[start:stop], rows)
+        scratch = tile(GROUPS[dtype] * (depth + len(tokens)), torch.int32, "scratch")
+        product(
+            *(tokens.data_ptr(), len(out), rows.data_ptr(), rows.stride(0) * rows.element_size()),
+            *(address, None if grid is None else grid.data_ptr(), quant_type.type_size, quant_type.block_size),
+            *(len(rows), columns, out[:, start:].data_ptr(), out.stride(0) * out.element_size(), scratch.data_ptr()),
+        )
+
+    in_tiles(multiply_rows, len(packed), TILE_ROWS, PANEL)
+
+
+def _in_c(dtype: torch.dtype) -> native.Function | None:
+    return native.function("multiply.c", NAMES[dtype]) if dtype in NAMES else None

@@ -1,0 +1,221 @@
+/*
+ * The product of tokens with rows of a packed weight, in float32 or bfloat16, on one core of an x86 processor.
+ *
+ * After Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication" (2008), with the weight dequantized
+ * while it is laid out. The layout is one of 32-bit words, each a float32 or a pair of bfloat16, which the processor
+ * multiplies and adds at once. So the same code multiplies both:
+ *
+ *     for each group of rows, for each part of the columns     their weights stay in the second cache
+ *         for each few tokens
+ *             for each panel of rows, for each 8 of the tokens     their sums are in registers
+ *
+ * A sum is taken part by part of the columns, and in each of them in their order, from zero on; a multiply-add is not
+ * rounded in between. So its bits depend neither on the other tokens and rows, nor on how wide the vectors are.
+ */
+#include "transpose.h"
+
+#if defined(__AVX512F__) && !defined(NARROW)
+#define LANES 16
+#define TOKENS 8 /* at a time, with VECTORS of rows: the registers hold their sums */
+#elif defined(__AVX2__) && defined(__FMA__)
+#define LANES 8
+#define TOKENS 4
+#endif
+
+#if defined(LANES)
+#include <immintrin.h>
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { VECTORS = 3, PANEL = VECTORS * LANES, CHUNK = 256 /* words of a row that are dequantized at a time */ };
+
+/* rows of a group, whole panels; words of a part of the columns, whole chunks; and few tokens, in whole panels */
+enum { GROUP = 384, DEPTH = CHUNK, FEW = 64 };
+enum { GROUP_BF16 = 96, DEPTH_BF16 = 6 * CHUNK, FEW_BF16 = SIDE };
+
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Words __attribute__((vector_size(4 * LANES)));
+
+INLINE Floats multiply_add(Floats sums, Words x, Words y, int bfloat16) {
+#if defined(__AVX512BF16__) && LANES == 16
+    if (bfloat16) {
+        return (Floats)_mm512_dpbf16_ps((__m512)sums, (__m512bh)x, (__m512bh)y);
+    }
+#endif
+#if LANES == 16
+    return (Floats)_mm512_fmadd_ps((__m512)x, (__m512)y, (__m512)sums);
+#else
+    return (Floats)_mm256_fmadd_ps((__m256)x, (__m256)y, (__m256)sums);
+#endif
+}
+
+/* so many tokens of a panel times a panel of rows; with `add`, added to the sums that are there */
+INLINE void multiply_panels(const int tokens, const int32_t *restrict x, const int32_t *restrict weights, int64_t words,
+                            float *restrict out, int add, int bfloat16) {
+    Floats sums[TOKENS][VECTORS];
+    UNROLLED
+    for (int i = 0; i < tokens; i++) {
+        UNROLLED
+        for (int j = 0; j < VECTORS; j++) {
+            __builtin_prefetch(out + i * PANEL + LANES * j, 1);
+            sums[i][j] = (Floats){0};
+        }
+    }
+    for (int64_t k = 0; k < words; k++, x += SIDE, weights += PANEL) {
+        Words w[VECTORS];
+        UNROLLED
+        for (int j = 0; j < VECTORS; j++) {
+            memcpy(&w[j], weights + LANES * j, sizeof w[j]);
+            __asm__("" : "+v"(w[j])); /* stays in its register: gcc would load it again for each token */
+        }
+        UNROLLED
+        for (int i = 0; i < tokens; i++) {
+            const Words token = x[i] - (Words){0};
+            UNROLLED
+            for (int j = 0; j < VECTORS; j++) {
+                sums[i][j] = multiply_add(sums[i][j], token, w[j], bfloat16);
+            }
+        }
+    }
+    UNROLLED
+    for (int i = 0; i < tokens; i++) {
+        UNROLLED
+        for (int j = 0; j < VECTORS; j++) {
+            float *at = out + i * PANEL + LANES * j;
+            if (add) {
+                Floats before;
+                memcpy(&before, at, sizeof before);
+                sums[i][j] += before;
+            }
+            memcpy(at, &sums[i][j], sizeof sums[i][j]);
+        }
+    }
+}
+
+/* the same of a panel's first tokens, 8 or fewer */
+INLINE void multiply_panel(int64_t tokens, const int32_t *x, const int32_t *weights, int64_t words, float *out, int add,
+                           int bfloat16) {
+#define CASE(n)                                                                                                        \
+    case n:                                                                                                            \
+        multiply_panels(n, x, weights, words, out, add, bfloat16);                                                     \
+        break
+    for (; tokens > TOKENS; tokens -= TOKENS, x += TOKENS, out += TOKENS * PANEL) {
+        multiply_panels(TOKENS, x, weights, words, out, add, bfloat16);
+    }
+    switch (tokens) {
+        CASE(1);
+        CASE(2);
+        CASE(3);
+        CASE(4);
+#if TOKENS == 8
+        CASE(5);
+        CASE(6);
+        CASE(7);
+        CASE(8);
+#endif
+    }
+#undef CASE
+}
+
+/* n sums, at most a panel's, as they are returned */
+INLINE void write_sums(const float *sums, int64_t n, uint8_t *out, int bfloat16) {
+    if (!bfloat16) {
+        memcpy(out, sums, 4 * (size_t)n);
+        return;
+    }
+#if defined(__AVX512BF16__) && LANES == 16
+    for (int64_t i = 0; i < n; i += LANES) {
+        const __mmask16 here = n - i < LANES ? (__mmask16)((1u << (n - i)) - 1) : 0xffff;
+        const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(sums + i));
+        _mm256_mask_storeu_epi16(out + 2 * i, here, rounded);
+    }
+#endif
+}
+
+typedef struct {
+    const uint8_t *packed;
+    int64_t row_bytes;
+    void *dequantizer;
+    const int8_t *grid;
+    int64_t block_bytes, block;
+} Rows;
+
+INLINE int64_t least(int64_t a, int64_t b) {
+    return a < b ? a : b;
+}
+
+/* rows from the given one on as panels, `words` words of each from the given one on */
+INLINE void lay_out(const Rows *rows, int64_t row, int64_t n, int64_t first, int64_t words, int32_t *restrict out,
+                    int64_t in_word) {
+    int32_t dense[SIDE * CHUNK] __attribute__((aligned(64)));
+    for (int64_t i = 0; i < n || i % PANEL; i += SIDE) {
+        const int64_t here = n - i < 0 ? 0 : least(n - i, SIDE);
+        const uint8_t *packed = rows->packed + (row + i) * rows->row_bytes;
+        for (int64_t k = 0; k < words; k += CHUNK) {
+            const int64_t chunk = least(words - k, CHUNK), column = (first + k) * in_word;
+            int32_t *to = out + i / PANEL * PANEL * words + i % PANEL + k * PANEL;
+            if (!rows->dequantizer) {
+                rows_as_columns(packed + 4 * (first + k), rows->row_bytes, here, chunk, to, PANEL);
+                continue;
+            }
+            for (int64_t j = 0; j < here; j++) {
+                dequantize_with(rows->dequantizer, rows->grid,
+                                packed + j * rows->row_bytes + column / rows->block * rows->block_bytes,
+                                dense + j * CHUNK, chunk * in_word / rows->block);
+            }
+            rows_as_columns((const uint8_t *)dense, 4 * CHUNK, here, chunk, to, PANEL);
+        }
+    }
+}
+
+INLINE void multiply_rows(const int32_t *x, int64_t tokens, const Rows *rows, int64_t n, int64_t columns, uint8_t *out,
+                          int64_t out_bytes, int32_t *scratch, int bfloat16) {
+    const int64_t in_word = bfloat16 ? 2 : 1, words = columns / in_word;
+    const int64_t group = bfloat16 ? GROUP_BF16 : GROUP, depth = bfloat16 ? DEPTH_BF16 : DEPTH;
+    const int64_t few = bfloat16 ? FEW_BF16 : FEW;
+    int32_t *weights = scratch;
+    float *sums = (float *)(scratch + group * depth);
+    for (int64_t start = 0; start < n; start += group) {
+        const int64_t in_group = least(n - start, group);
+        for (int64_t first = 0; first < words; first += depth) {
+            const int64_t part = least(words - first, depth);
+            lay_out(rows, start, in_group, first, part, weights, in_word);
+            for (int64_t some = 0; some < tokens; some += few) {
+                for (int64_t row = 0; row < in_group; row += PANEL) {
+                    for (int64_t token = some; token < least(some + few, tokens); token += SIDE) {
+                        const int64_t here = least(tokens - token, SIDE);
+                        float *to = sums + token * group + row * SIDE;
+                        multiply_panel(here, x + token * words + first * SIDE, weights + row * part, part, to, first > 0,
+                                       bfloat16);
+                        for (int64_t i = 0; first + part == words && i < here; i++) {
+                            write_sums(to + i * PANEL, least(in_group - row, PANEL),
+                                       out + (token + i) * out_bytes + (start + row) * 4 / in_word, bfloat16);
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
+
+/*
+ * x            as multiply_tokens makes them
+ * rows         n of them, row_bytes apart: dense, or packed
+ * dequantizer  of packed rows, with its grid or NULL, and a block's bytes and columns, of which CHUNK words are whole
+ *              blocks; or NULL
+ * out          where the sums of the rows go, out_bytes apart for each token
+ * scratch      GROUP * (DEPTH + tokens) words, with the tokens in whole panels; of those of bfloat16 for bfloat16
+ */
+#define PRODUCT(name, bfloat16)                                                                                        \
+    API void name(const int32_t *x, int64_t tokens, const uint8_t *packed, int64_t row_bytes, void *dequantizer,       \
+                  const int8_t *grid, int64_t block_bytes, int64_t block, int64_t n, int64_t columns, uint8_t *out,    \
+                  int64_t out_bytes, int32_t *scratch) {                                                               \
+        const Rows rows = {packed, row_bytes, dequantizer, grid, block_bytes, block};                                  \
+        multiply_rows(x, tokens, &rows, n, columns, out, out_bytes, scratch, bfloat16);                                \
+    }
+
+PRODUCT(multiply, 0)
+#if defined(__AVX512BF16__) && LANES == 16
+PRODUCT(multiply_bf16, 1)
+#endif
+#endif
