@@ -19,9 +19,10 @@ from .tiles import in_tiles, tile
 
 NAMES = {torch.float32: "multiply", torch.bfloat16: "multiply_bf16"}
 
-# As in multiply.c: rows of a group, words of a part of the columns, tokens of a panel. A panel of rows is of 24 or 48.
-GROUPS = {torch.float32: 384, torch.bfloat16: 96}
-DEPTHS = {torch.float32: 256, torch.bfloat16: 1536}
+# As in multiply.c: rows of a group; words of a part of the columns, and of a row that are dequantized at a time; tokens of
+# a panel. A panel of rows is of 24 or 48.
+GROUPS = {torch.float32: 384, torch.bfloat16: 192}
+DEPTHS, CHUNK = {torch.float32: 256, torch.bfloat16: 1536}, 256
 SIDE, PANEL = 8, 48
 
 TILE_ROWS = 384  # that a thread takes at a time
@@ -64,27 +65,34 @@ def multiply(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, o
 
 def _multiply_with(tokens: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, out: torch.Tensor) -> None:
     dtype, columns = out.dtype, quant_type.columns(packed.shape[1])
-    product, depth = _in_c(dtype), DEPTHS[dtype]
-    in_c = dequantizer_in_c(quant_type, dtype)
-    address, grid = (None, None) if in_c is None else in_c
-    address = ctypes.cast(address, ctypes.c_void_p).value if address else None
-    dequantize_into = None
-    if in_c is None and STORED_DTYPES.get(quant_type.name) != dtype:
-        dequantize_into = row_dequantizer(quant_type, dtype)
+    product = _in_c(dtype)
+    dequantizer, grid = dequantizer_in_c(quant_type, dtype) or (None, None)
+    dequantizer_address = ctypes.cast(dequantizer, ctypes.c_void_p).value if dequantizer else None
+    is_dense = STORED_DTYPES.get(quant_type.name) == dtype
 
     def multiply_rows(start: int, stop: int) -> None:
         rows = packed[start:stop]
-        if dequantize_into is not None:
+        if not is_dense and dequantizer is None:
             rows = tile(len(rows) * columns, dtype, "rows").view(-1, columns)
-            dequantize_into(packed[start:stop], rows)
-        scratch = tile(GROUPS[dtype] * (depth + len(tokens)), torch.int32, "scratch")
+            row_dequantizer(quant_type, dtype)(packed[start:stop], rows)
+        scratch = tile(scratch_words(dtype, len(tokens)), torch.int32, "scratch")
         product(
             *(tokens.data_ptr(), len(out), rows.data_ptr(), rows.stride(0) * rows.element_size()),
-            *(address, None if grid is None else grid.data_ptr(), quant_type.type_size, quant_type.block_size),
+            *(
+                dequantizer_address,
+                None if grid is None else grid.data_ptr(),
+                quant_type.type_size,
+                quant_type.block_size,
+            ),
             *(len(rows), columns, out[:, start:].data_ptr(), out.stride(0) * out.element_size(), scratch.data_ptr()),
         )
 
     in_tiles(multiply_rows, len(packed), TILE_ROWS, PANEL)
+
+
+def scratch_words(dtype: torch.dtype, tokens: int) -> int:
+    """The size of what a thread writes to meanwhile, with the tokens in whole panels."""
+    return SIDE * CHUNK + GROUPS[dtype] * (DEPTHS[dtype] + tokens)
 
 
 def _in_c(dtype: torch.dtype) -> native.Function | None:

@@ -31,7 +31,7 @@ enum { VECTORS = 3, PANEL = VECTORS * LANES, CHUNK = 256 /* words of a row that 
 
 /* rows of a group, whole panels; words of a part of the columns, whole chunks; and few tokens, in whole panels */
 enum { GROUP = 384, DEPTH = CHUNK, FEW = 64 };
-enum { GROUP_BF16 = 96, DEPTH_BF16 = 6 * CHUNK, FEW_BF16 = SIDE };
+enum { GROUP_BF16 = 192, DEPTH_BF16 = 6 * CHUNK, FEW_BF16 = SIDE };
 
 typedef float Floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t Words __attribute__((vector_size(4 * LANES)));
@@ -144,10 +144,9 @@ INLINE int64_t least(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-/* rows from the given one on as panels, `words` words of each from the given one on */
-INLINE void lay_out(const Rows *rows, int64_t row, int64_t n, int64_t first, int64_t words, int32_t *restrict out,
-                    int64_t in_word) {
-    int32_t dense[SIDE * CHUNK] __attribute__((aligned(64)));
+/* rows from the given one on as panels, `words` words of each from the given one on; `dense` is for SIDE * CHUNK words */
+INLINE void lay_out(const Rows *rows, int64_t row, int64_t n, int64_t first, int64_t words, int32_t *restrict dense,
+                    int32_t *restrict out, int64_t in_word) {
     for (int64_t i = 0; i < n || i % PANEL; i += SIDE) {
         const int64_t here = n - i < 0 ? 0 : least(n - i, SIDE);
         const uint8_t *packed = rows->packed + (row + i) * rows->row_bytes;
@@ -171,15 +170,15 @@ INLINE void lay_out(const Rows *rows, int64_t row, int64_t n, int64_t first, int
 INLINE void multiply_rows(const int32_t *x, int64_t tokens, const Rows *rows, int64_t n, int64_t columns, uint8_t *out,
                           int64_t out_bytes, int32_t *scratch, int bfloat16) {
     const int64_t in_word = bfloat16 ? 2 : 1, words = columns / in_word;
-    const int64_t group = bfloat16 ? GROUP_BF16 : GROUP, depth = bfloat16 ? DEPTH_BF16 : DEPTH;
+    const int64_t group = !bfloat16 ? GROUP : words > DEPTH_BF16 ? GROUP_BF16 : GROUP_BF16 / 2, depth = bfloat16 ? DEPTH_BF16 : DEPTH;
     const int64_t few = bfloat16 ? FEW_BF16 : FEW;
-    int32_t *weights = scratch;
-    float *sums = (float *)(scratch + group * depth);
+    int32_t *dense = scratch, *weights = dense + SIDE * CHUNK;
+    float *sums = (float *)(weights + group * depth);
     for (int64_t start = 0; start < n; start += group) {
         const int64_t in_group = least(n - start, group);
         for (int64_t first = 0; first < words; first += depth) {
             const int64_t part = least(words - first, depth);
-            lay_out(rows, start, in_group, first, part, weights, in_word);
+            lay_out(rows, start, in_group, first, part, dense, weights, in_word);
             for (int64_t some = 0; some < tokens; some += few) {
                 for (int64_t row = 0; row < in_group; row += PANEL) {
                     for (int64_t token = some; token < least(some + few, tokens); token += SIDE) {
@@ -204,7 +203,8 @@ INLINE void multiply_rows(const int32_t *x, int64_t tokens, const Rows *rows, in
  * dequantizer  of packed rows, with its grid or NULL, and a block's bytes and columns, of which CHUNK words are whole
  *              blocks; or NULL
  * out          where the sums of the rows go, out_bytes apart for each token
- * scratch      GROUP * (DEPTH + tokens) words, with the tokens in whole panels; of those of bfloat16 for bfloat16
+ * scratch      SIDE * CHUNK + GROUP * (DEPTH + tokens) words, with the tokens in whole panels, on a line of the cache; of
+ *              those of bfloat16 for bfloat16
  */
 #define PRODUCT(name, bfloat16)                                                                                        \
     API void name(const int32_t *x, int64_t tokens, const uint8_t *packed, int64_t row_bytes, void *dequantizer,       \

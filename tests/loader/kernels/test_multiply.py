@@ -152,11 +152,11 @@ def test_bits_depend_neither_on_vectors_nor_on_compilers(width, dtype, tmp_path,
 def test_nothing_is_written_beyond_the_scratch(dtype):
     """Of the sizes that multiply.py takes from multiply.c."""
     packed, x, rows = random_rows("Q8_0", rows=multiply.TILE_ROWS), random(21, COLUMNS, dtype), multiply.TILE_ROWS
-    words, width = COLUMNS * dtype.itemsize // 4, multiply.GROUPS[dtype]
+    words = COLUMNS * dtype.itemsize // 4
     tokens = torch.zeros(3 * 8 * words, dtype=torch.int32)
     lay_out = native.function("multiply_tokens.c", "multiply_tokens")
     lay_out(x.data_ptr(), x.stride(0) * dtype.itemsize, len(x), words, tokens.data_ptr())
-    scratch = torch.full((width * (multiply.DEPTHS[dtype] + 24) + 4096,), 7, dtype=torch.int32)
+    scratch = torch.full((multiply.scratch_words(dtype, 24) + 4096,), 7, dtype=torch.int32)
     out = torch.empty(len(x), rows, dtype=dtype)
     in_c, _ = dequantizer_in_c(QUANT_TYPES["Q8_0"], dtype)
     multiply._in_c(dtype)(
