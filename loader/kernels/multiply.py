@@ -19,8 +19,8 @@ from .tiles import in_tiles, tile
 
 NAMES = {torch.float32: "multiply", torch.bfloat16: "multiply_bf16"}
 
-# As in multiply.c: rows of a group; words of a part of the columns, and of a row that are dequantized at a time; tokens of
-# a panel. A panel of rows is of 24 or 48.
+# As in multiply.c: rows of a group; words of a part of the columns, and those of a row that are dequantized at a time;
+# tokens of a panel. A panel of rows is of 24 or 48.
 GROUPS = {torch.float32: 384, torch.bfloat16: 192}
 DEPTHS, CHUNK = {torch.float32: 256, torch.bfloat16: 1536}, 256
 SIDE, PANEL = 8, 48
