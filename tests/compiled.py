@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import shutil
 import subprocess
 import threading
 from collections.abc import Callable
@@ -20,6 +21,14 @@ def build_or_skip() -> None:
         pytest.skip("no C compiler here, without which the C for CPUs is not tested")
     build.build()
     native._library.cache_clear()
+
+
+def clang_or_skip() -> str:
+    """The path of clang, by which what gcc compiles is compiled once more; skips the test where there is none."""
+    clang = shutil.which("clang")
+    if clang is None:
+        pytest.skip("no clang here, by which the C is compiled once more where there is one")
+    return clang
 
 
 def built_with(compiler: str, options: list[str], folder: Path) -> Callable[[str, str], native.Function]:

@@ -14,7 +14,7 @@
  */
 #include "transpose.h"
 
-#if defined(__AVX512F__) && !defined(NARROW)
+#if defined(__AVX512F__)
 #define LANES 16
 #define TOKENS 8 /* at a time, with VECTORS of rows: the registers hold their sums */
 #elif defined(__AVX2__) && defined(__FMA__)
@@ -29,7 +29,7 @@
 
 enum { VECTORS = 3, PANEL = VECTORS * LANES, CHUNK = 256 /* words of a row that are dequantized at a time */ };
 
-/* rows of a group, whole panels; words of a part of the columns, whole chunks; and few tokens, in whole panels */
+/* most rows of a group, words of a part of the columns, and few tokens: whole panels, chunks, and panels */
 enum { GROUP = 384, DEPTH = CHUNK, FEW = 64 };
 enum { GROUP_BF16 = 192, DEPTH_BF16 = 6 * CHUNK, FEW_BF16 = SIDE };
 
@@ -144,7 +144,7 @@ INLINE int64_t least(int64_t a, int64_t b) {
     return a < b ? a : b;
 }
 
-/* rows from the given one on as panels, `words` words of each from the given one on; `dense` is for SIDE * CHUNK words */
+/* rows from the given one on as panels, so many words of each from the first on; `dense` is for SIDE * CHUNK words */
 INLINE void lay_out(const Rows *rows, int64_t row, int64_t n, int64_t first, int64_t words, int32_t *restrict dense,
                     int32_t *restrict out, int64_t in_word) {
     for (int64_t i = 0; i < n || i % PANEL; i += SIDE) {
@@ -170,8 +170,8 @@ INLINE void lay_out(const Rows *rows, int64_t row, int64_t n, int64_t first, int
 INLINE void multiply_rows(const int32_t *x, int64_t tokens, const Rows *rows, int64_t n, int64_t columns, uint8_t *out,
                           int64_t out_bytes, int32_t *scratch, int bfloat16) {
     const int64_t in_word = bfloat16 ? 2 : 1, words = columns / in_word;
-    const int64_t group = !bfloat16 ? GROUP : words > DEPTH_BF16 ? GROUP_BF16 : GROUP_BF16 / 2, depth = bfloat16 ? DEPTH_BF16 : DEPTH;
-    const int64_t few = bfloat16 ? FEW_BF16 : FEW;
+    const int64_t depth = bfloat16 ? DEPTH_BF16 : DEPTH, few = bfloat16 ? FEW_BF16 : FEW;
+    const int64_t most = bfloat16 ? GROUP_BF16 : GROUP, group = bfloat16 && words <= depth ? most / 2 : most;
     int32_t *dense = scratch, *weights = dense + SIDE * CHUNK;
     float *sums = (float *)(weights + group * depth);
     for (int64_t start = 0; start < n; start += group) {
@@ -184,8 +184,8 @@ INLINE void multiply_rows(const int32_t *x, int64_t tokens, const Rows *rows, in
                     for (int64_t token = some; token < least(some + few, tokens); token += SIDE) {
                         const int64_t here = least(tokens - token, SIDE);
                         float *to = sums + token * group + row * SIDE;
-                        multiply_panel(here, x + token * words + first * SIDE, weights + row * part, part, to, first > 0,
-                                       bfloat16);
+                        multiply_panel(here, x + token * words + first * SIDE, weights + row * part, part, to,
+                                       first > 0, bfloat16);
                         for (int64_t i = 0; first + part == words && i < here; i++) {
                             write_sums(to + i * PANEL, least(in_group - row, PANEL),
                                        out + (token + i) * out_bytes + (start + row) * 4 / in_word, bfloat16);
@@ -198,13 +198,13 @@ INLINE void multiply_rows(const int32_t *x, int64_t tokens, const Rows *rows, in
 }
 
 /*
- * x            as multiply_tokens makes them
+ * x            as lay_out_tokens makes them
  * rows         n of them, row_bytes apart: dense, or packed
  * dequantizer  of packed rows, with its grid or NULL, and a block's bytes and columns, of which CHUNK words are whole
  *              blocks; or NULL
  * out          where the sums of the rows go, out_bytes apart for each token
- * scratch      SIDE * CHUNK + GROUP * (DEPTH + tokens) words, with the tokens in whole panels, on a line of the cache; of
- *              those of bfloat16 for bfloat16
+ * scratch      SIDE * CHUNK + GROUP * (DEPTH + tokens) words, with the tokens in whole panels, or the same of bfloat16's;
+ *              it starts a line of the cache
  */
 #define PRODUCT(name, bfloat16)                                                                                        \
     API void name(const int32_t *x, int64_t tokens, const uint8_t *packed, int64_t row_bytes, void *dequantizer,       \

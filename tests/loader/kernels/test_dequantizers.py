@@ -1,6 +1,5 @@
 """The C dequantizers give the bits of the formulas in torch, whoever compiles them and for whichever processor."""
 
-import shutil
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +10,7 @@ from auraflow_gguf.loader.kernels.native import build
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 from auraflow_gguf.loader.quant_types.grids import grid
 
-from ...compiled import build_or_skip, built_with
+from ...compiled import build_or_skip, built_with, clang_or_skip
 from ..quant_types.blocks import NON_FINITE_SCALES, QUANTIZED, SCALES, random_blocks
 
 BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
@@ -22,11 +21,9 @@ UNTOUCHED = 7  # what stands behind the end
 @pytest.fixture(scope="module", params=["compiled", "clang", "plain"])
 def function(request, tmp_path_factory) -> Callable[[str, str], native.Function]:
     """``(source, name) -> function``: as `compile` made it, by clang, and without intrinsics."""
-    compiler = shutil.which("clang") if request.param == "clang" else build._compiler()
+    compiler = clang_or_skip() if request.param == "clang" else build._compiler()
     if request.param != "clang":
         build_or_skip()
-    elif compiler is None:
-        pytest.skip("no clang here, by which the C is compiled once more where there is one")
     if request.param == "compiled":
         return native.function
     options = ["-DPLAIN"] if request.param == "plain" else ["-march=native"]

@@ -1,7 +1,6 @@
 """The product in C: right for all shapes and types, and its bits those of one token with one row."""
 
 import ctypes
-import shutil
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from auraflow_gguf.loader.kernels.dequantizers import dequantizer_in_c, row_dequ
 from auraflow_gguf.loader.kernels.native import build
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 
-from ...compiled import build_or_skip, built_with
+from ...compiled import build_or_skip, built_with, clang_or_skip
 from ..quant_types.blocks import QUANTIZED
 from .test_cpu import BITS, COLUMNS, random_rows
 
@@ -39,6 +38,12 @@ def ours(monkeypatch):
 
 def random(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def rows_of(name: str, rows: int, columns: int) -> torch.Tensor:
+    """``(rows, row_bytes) uint8`` of finite weights, of so many columns."""
+    size = columns // QUANT_TYPES[name].block_size * QUANT_TYPES[name].type_size
+    return random_rows(name, -(-rows * columns // COLUMNS)).flatten()[: rows * size].view(rows, size)
 
 
 def product(x: torch.Tensor, packed: torch.Tensor, name: str) -> torch.Tensor:
@@ -77,11 +82,8 @@ def test_tokens(dtype, tokens):
 
 @pytest.mark.parametrize("columns", [32, 64, 96, 256, 512, 544, 3072, 3104, 6144, 8192])
 def test_columns(dtype, columns):
-    quant_type = QUANT_TYPES["Q5_1"]
-    packed = random_rows("Q5_1", rows=60 * columns // COLUMNS + 60).flatten()
-    packed = packed[: 50 * columns // 32 * quant_type.type_size].view(50, -1)
-    x = random(11, columns, dtype)
-    assert_right(product(x, packed, "Q5_1"), x, quant_type.dequantize(packed, dtype))
+    packed, x = rows_of("Q5_1", 50, columns), random(11, columns, dtype)
+    assert_right(product(x, packed, "Q5_1"), x, QUANT_TYPES["Q5_1"].dequantize(packed, dtype))
 
 
 @pytest.mark.parametrize("columns", [2, 6, 258, 1026])
@@ -135,35 +137,45 @@ def test_nan_and_infinity_stay_with_their_token(dtype):
     assert torch.equal(out[others], clean[others])
 
 
-@pytest.mark.parametrize("width", ["narrow", "clang", "narrow clang"])
-def test_bits_depend_neither_on_vectors_nor_on_compilers(width, dtype, tmp_path, monkeypatch):
-    compiler = shutil.which("clang") if "clang" in width else build._compiler()
-    if compiler is None:
-        pytest.skip("no clang here, by which the C is compiled once more where there is one")
-    if "narrow" in width and dtype != torch.float32:
-        return  # no narrow vectors of bfloat16 are multiplied
+@pytest.fixture(params=["gcc", "clang"])
+def compiler(request) -> str:
+    return clang_or_skip() if request.param == "clang" else build._compiler()
+
+
+def assert_same_bits(compiler: str, options: list[str], dtype: torch.dtype, tmp_path, monkeypatch) -> None:
     packed, x = random_rows("Q8_0", rows=101), random(29, COLUMNS, dtype)
     expected = product(x, packed, "Q8_0")
-    options = ["-march=native", *(["-DNARROW"] if "narrow" in width else [])]
     monkeypatch.setattr(native, "function", built_with(compiler, options, tmp_path))
     assert torch.equal(product(x, packed, "Q8_0").view(BITS[dtype]), expected.view(BITS[dtype]))
 
 
-def test_nothing_is_written_beyond_the_scratch(dtype):
-    """Of the sizes that multiply.py takes from multiply.c."""
-    packed, x, rows = random_rows("Q8_0", rows=multiply.TILE_ROWS), random(21, COLUMNS, dtype), multiply.TILE_ROWS
-    words = COLUMNS * dtype.itemsize // 4
-    tokens = torch.zeros(3 * 8 * words, dtype=torch.int32)
-    lay_out = native.function("multiply_tokens.c", "multiply_tokens")
+def test_bits_do_not_depend_on_the_compiler(compiler, dtype, tmp_path, monkeypatch):
+    assert_same_bits(compiler, ["-march=native"], dtype, tmp_path, monkeypatch)
+
+
+def test_bits_do_not_depend_on_the_vectors(compiler, tmp_path, monkeypatch):
+    """AVX2's are of 8 numbers, AVX-512's of 16; of bfloat16 there are AVX-512's alone."""
+    assert_same_bits(compiler, ["-march=native", "-mno-avx512f"], torch.float32, tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("columns", [768, 8192])
+def test_nothing_is_written_beyond_the_scratch(dtype, columns):
+    """Of the sizes that multiply.py takes from multiply.c, for columns in one part, and in several."""
+    packed, x, rows = rows_of("Q8_0", multiply.TILE_ROWS, columns), random(24, columns, dtype), multiply.TILE_ROWS
+    words = columns * dtype.itemsize // 4
+    tokens = torch.zeros(len(x) * words, dtype=torch.int32)
+    lay_out = native.function("lay_out_tokens.c", "lay_out_tokens")
     lay_out(x.data_ptr(), x.stride(0) * dtype.itemsize, len(x), words, tokens.data_ptr())
-    scratch = torch.full((multiply.scratch_words(dtype, 24) + 4096,), 7, dtype=torch.int32)
+    used = multiply.scratch_words(dtype, len(x))
+    scratch = torch.full((used + 4096,), 7, dtype=torch.int32)
     out = torch.empty(len(x), rows, dtype=dtype)
     in_c, _ = dequantizer_in_c(QUANT_TYPES["Q8_0"], dtype)
     multiply._in_c(dtype)(
         *(tokens.data_ptr(), len(x), packed.data_ptr(), packed.shape[1], ctypes.cast(in_c, ctypes.c_void_p).value),
-        *(None, 34, 32, rows, COLUMNS, out.data_ptr(), rows * dtype.itemsize, scratch.data_ptr()),
+        *(None, 34, 32, rows, columns, out.data_ptr(), rows * dtype.itemsize, scratch.data_ptr()),
     )
-    assert (scratch[-4096:] == 7).all()
+    assert (scratch[used:] == 7).all()
+    assert columns == 768 or (scratch[used - 64 : used] != 7).any()  # and it is no larger than it must be
     assert torch.equal(out, product(x, packed, "Q8_0"))
 
 

@@ -40,6 +40,17 @@ def test_each_row_is_taken_once(whose, threads, rows, tile_rows):
     assert sorted(row for part in taken for row in part) == list(range(rows))
 
 
+@pytest.mark.parametrize(("rows", "tile_rows"), [(0, 16), (5, 16), (8, 4), (ROWS, 16), (ROWS, 24), (ROWS, 1000)])
+def test_tiles_of_a_multiple_of_rows(threads, rows, tile_rows):
+    taken = []
+    in_tiles(lambda start, stop: taken.append((start, stop)), rows, tile_rows, 8)
+    taken.sort()
+    assert [row for start, stop in taken for row in range(start, stop)] == list(range(rows))
+    assert all(start % 8 == 0 and 0 < stop - start <= max(8, tile_rows) for start, stop in taken)
+    sizes = [-(-(stop - start) // 8) for start, stop in taken]
+    assert not sizes or max(sizes) - min(sizes) <= 1
+
+
 @pytest.mark.parametrize("threads", [3], indirect=True)
 def test_a_small_weight_has_tiles_for_all_threads(whose, threads):
     starts = []
