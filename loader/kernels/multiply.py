@@ -51,7 +51,7 @@ def multiply(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, o
         packed: ``(rows, row_bytes) uint8``, rows contiguous.
         out: ``(tokens, rows)`` of ``input``'s dtype, tokens contiguous.
     """
-    lay_out = native.function("lay_out_tokens.c", "lay_out_tokens")
+    lay_out = native.function("lay_out.c", "lay_out_tokens")
     words = input.shape[1] * input.element_size() // 4
     most = max(1, TOKENS_BYTES // (4 * words * SIDE)) * SIDE
     for part, out_part in zip(input.split(most), out.split(most), strict=True):

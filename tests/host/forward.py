@@ -24,9 +24,11 @@ def forward(patcher, *, size=8, tokens=6, batch=1, seed=3, options=None) -> torc
 
 
 def sampler_options(patcher, sigmas=(0.7,)) -> dict:
-    """What a sampler passes to the transformer: the patcher's wrappers and the schedule. Has the patcher in charge."""
+    """What a sampler passes to the transformer: the patcher's own options and wrappers, and the schedule. Has the
+    patcher in charge."""
     patcher.pre_run()
-    return {"wrappers": patcher.wrappers, "sample_sigmas": torch.tensor(sigmas)}
+    own = patcher.model_options["transformer_options"]
+    return {**own, "wrappers": patcher.wrappers, "sample_sigmas": torch.tensor(sigmas)}
 
 
 @contextmanager

@@ -38,6 +38,11 @@ INT8_ROWS = (
 INT8_SUMS = (_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _NUMBER)
 # The address of tokens, how many bytes they are apart, their number, words of each, and the address of what is written.
 TOKENS = (_ADDRESS, _NUMBER, _NUMBER, _NUMBER, _ADDRESS)
+# As attention.c has them.
+ATTENTION = (
+    *(_ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER),
+    *(ctypes.c_float, _ADDRESS, _NUMBER, _ADDRESS),
+)
 # As multiply.c has them.
 PRODUCT = (
     *(_ADDRESS, _NUMBER, _ADDRESS, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER),
@@ -46,13 +51,14 @@ PRODUCT = (
 
 # What the functions of each file take.
 SOURCES = {
+    "attention.c": ATTENTION,
     "dequantize_iq.c": BLOCKS_AND_GRID,
     "dequantize_k.c": BLOCKS,
     "dequantize_q.c": BLOCKS,
     "dequantize_values.c": BLOCKS,
     "int8.c": INT8_ROWS,
     "int8_sums.c": INT8_SUMS,
-    "lay_out_tokens.c": TOKENS,
+    "lay_out.c": TOKENS,
     "multiply.c": PRODUCT,
     "quantize_iq4.c": ROWS,
     "quantize_k.c": ROWS,

@@ -164,7 +164,7 @@ def test_nothing_is_written_beyond_the_scratch(dtype, columns):
     packed, x, rows = rows_of("Q8_0", multiply.TILE_ROWS, columns), random(24, columns, dtype), multiply.TILE_ROWS
     words = columns * dtype.itemsize // 4
     tokens = torch.zeros(len(x) * words, dtype=torch.int32)
-    lay_out = native.function("lay_out_tokens.c", "lay_out_tokens")
+    lay_out = native.function("lay_out.c", "lay_out_tokens")
     lay_out(x.data_ptr(), x.stride(0) * dtype.itemsize, len(x), words, tokens.data_ptr())
     used = multiply.scratch_words(dtype, len(x))
     scratch = torch.full((used + 4096,), 7, dtype=torch.int32)
