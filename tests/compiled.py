@@ -23,6 +23,16 @@ def build_or_skip() -> None:
     native._library.cache_clear()
 
 
+def function_or_skip(source: str, name: str) -> native.Function:
+    """``native.function``, compiled if it is not yet; skips the test where the processor has not what it is made of."""
+    build_or_skip()
+    function = native.function(source, name)
+    if function is None:
+        needed = "AVX-512 BF16" if name.endswith("_bf16") else "AVX2"
+        pytest.skip(f"this processor has no {needed}, of which {name} in {source} is made")
+    return function
+
+
 def clang_or_skip() -> str:
     """The path of clang, by which what gcc compiles is compiled once more; skips the test where there is none."""
     clang = shutil.which("clang")

@@ -12,6 +12,9 @@ from ..kernels.attention import attends, attention
 
 OVERRIDE = "optimized_attention_override"  # ComfyUI's name, of a transformer option
 
+# Arguments of ComfyUI's attention that change nothing here: scores are float32 in any case.
+_KNOWN = {"skip_reshape", "transformer_options", "attn_precision", "_inside_attn_wrapper"}
+
 
 def install(patcher) -> None:
     """Has a freshly loaded model, and all later clones of its patcher, attend by our own C on a CPU.
@@ -33,15 +36,18 @@ def attend(
     mask: torch.Tensor | None = None,
     **options,
 ) -> torch.Tensor:
-    """What AuraFlow asks of ComfyUI's attention: of ``(batch, heads, tokens, columns)`` each, ``(batch, tokens, heads *
-    columns)``. All else is left to ``by_host``."""
+    """ComfyUI's attention as AuraFlow asks for it; all else is left to ``by_host``, which is ComfyUI's own.
+
+    Args:
+        query, key, value: ``(batch, heads, tokens, columns)``.
+        mask, options: as ComfyUI's attentions have them.
+
+    Returns:
+        ``(batch, tokens, heads * columns)`` in ``query``'s dtype.
+    """
     has_gradient = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     is_taken_apart = has_gradient or torch.compiler.is_compiling()
     is_asked_more = mask is not None or not options.get("skip_reshape") or set(options) - _KNOWN
     if is_taken_apart or is_asked_more or not attends(query, key, value):
         return by_host(query, key, value, heads, mask=mask, **options)
     return attention(query, key, value, query.shape[-1] ** -0.5)
-
-
-# Of which none changes what is asked: scores are float32 in any case.
-_KNOWN = {"skip_reshape", "transformer_options", "attn_precision", "_inside_attn_wrapper"}

@@ -16,7 +16,7 @@ VALUES = {torch.float32: "lay_out_values", torch.bfloat16: "lay_out_values_bf16"
 
 QUERIES = 32  # as in attention.c: that are taken at a time
 BLOCKS = 8  # of them that a thread takes at a time
-HEADS_BYTES = 32 * 2**20  # of the keys and values of heads that all threads take at a time
+HEADS_BYTES = 32 * 2**20  # of keys and values that are laid out at a time, where multiply.py lays out its tokens
 
 
 def attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -43,7 +43,8 @@ def can_attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> b
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     """``softmax(scale * query @ key.T) @ value`` of each head, with scores and sums in float32.
 
-    The bits of a query's depend neither on the other queries and heads, nor on the threads.
+    The bits of a query's depend neither on the other queries and heads, nor on the threads. With normal inputs it is
+    6e-7 from the exact one in float32, where torch's is 4e-7, and 2.3e-3 in bfloat16, as torch's.
 
     Args:
         query: ``(batch, heads, tokens, columns)``; `can_attend` takes the three.

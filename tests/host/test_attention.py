@@ -5,10 +5,10 @@ import pytest
 import torch
 from auraflow_gguf.loader.comfyui import attention as door
 from auraflow_gguf.loader.comfyui.model import load_model
-from auraflow_gguf.loader.kernels import native, processor
+from auraflow_gguf.loader.kernels import processor
 from comfy.ldm.modules import attention as host
 
-from ..compiled import build_or_skip
+from ..compiled import function_or_skip
 from .aura_files import load_dense, make_gguf
 from .sampling import relative_error, sample
 
@@ -17,9 +17,7 @@ SETTINGS = {"steps": 2, "size": 16, "tokens": 9}
 
 @pytest.fixture(autouse=True)
 def ours(monkeypatch):
-    build_or_skip()
-    if native.function("attention.c", "attention") is None:
-        pytest.skip("this processor has no AVX2, which attention in C is made of")
+    function_or_skip("attention.c", "attention")
     monkeypatch.setattr(processor, "made_by_amd", lambda: True)
 
 

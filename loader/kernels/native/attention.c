@@ -2,7 +2,7 @@
  * Attention, softmax(scale * q k') v, in float32 or bfloat16, on one core of an x86 processor.
  *
  * The keys of a head are laid out as the rows of a product, its values as the columns of another. For a few queries at
- * a time all scores are in memory that the second cache holds, so that no score is seen twice:
+ * a time all scores are kept, where the second cache holds them, so that none is computed twice:
  *
  *     for each panel of keys, for each 8 of the queries        their scores
  *     for each 8 of the queries                                their probabilities, not yet divided by their sum
@@ -56,13 +56,9 @@ INLINE void exponentials(const float *scores, const float *most, float scale, Ei
             memcpy(probabilities + i * PANEL + j, &x, sizeof x);
         }
     }
-#if defined(__AVX512BF16__) && LANES == 16
-    if (bfloat16) {
-        for (int i = 0; i < SIDE; i++) {
-            write_sums(probabilities + i * PANEL, PANEL, (uint8_t *)(probabilities + i * PANEL), bfloat16);
-        }
+    for (int i = 0; bfloat16 && i < SIDE; i++) {
+        write_sums(probabilities + i * PANEL, PANEL, (uint8_t *)(probabilities + i * PANEL), bfloat16);
     }
-#endif
     rows_as_columns((const uint8_t *)probabilities, 4 * PANEL, SIDE, bfloat16 ? PANEL / 2 : PANEL, out, SIDE);
 }
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 from auraflow_gguf.loader.kernels import cpu, multiply, native, packed_linear, processor, tiles
 from auraflow_gguf.loader.kernels.dequantizers import dequantizer_in_c, row_dequantizer
-from auraflow_gguf.loader.kernels.native import build
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 
-from ...compiled import build_or_skip, built_with, clang_or_skip
+from ...compiled import built_with, function_or_skip
 from ..quant_types.blocks import QUANTIZED
 from .test_cpu import BITS, COLUMNS, random_rows
 
@@ -18,22 +17,14 @@ EPSILONS = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of the sizes of all th
 
 @pytest.fixture(autouse=True)
 def compiled():
-    build_or_skip()
+    function_or_skip("multiply.c", "multiply")
     row_dequantizer.cache_clear()
-    if native.function("multiply.c", "multiply") is None:
-        pytest.skip("this processor has no AVX2, which the product in C is made of")
 
 
-@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=str)
+@pytest.fixture(params=multiply.NAMES, ids=str)
 def dtype(request):
-    if request.param == torch.bfloat16 and native.function("multiply.c", "multiply_bf16") is None:
-        pytest.skip("this processor has no AVX-512 BF16, by which the product in C multiplies bfloat16")
+    function_or_skip("multiply.c", multiply.NAMES[request.param])
     return request.param
-
-
-@pytest.fixture
-def ours(monkeypatch):
-    monkeypatch.setattr(processor, "made_by_amd", lambda: True)
 
 
 def random(rows: int, columns: int, dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
@@ -135,11 +126,6 @@ def test_nan_and_infinity_stay_with_their_token(dtype):
     assert not out[7].isfinite().any()
     others = [i for i in range(10) if i not in (3, 7)]
     assert torch.equal(out[others], clean[others])
-
-
-@pytest.fixture(params=["gcc", "clang"])
-def compiler(request) -> str:
-    return clang_or_skip() if request.param == "clang" else build._compiler()
 
 
 def assert_same_bits(compiler: str, options: list[str], dtype: torch.dtype, tmp_path, monkeypatch) -> None:
