@@ -16,7 +16,7 @@ VALUES = {torch.float32: "lay_out_values", torch.bfloat16: "lay_out_values_bf16"
 
 QUERIES = 32  # as in attention.c: that are taken at a time
 BLOCKS = 8  # of them that a thread takes at a time
-HEADS_BYTES = 32 * 2**20  # of keys and values that are laid out at a time, where multiply.py lays out its tokens
+HEADS_BYTES = 32 * 2**20  # of keys and values that are laid out at a time
 
 
 def attends(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> bool:
@@ -63,13 +63,13 @@ def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale
     padded_keys, padded_columns = -(-keys // PANEL) * PANEL, -(-columns // PANEL) * PANEL
     key_words, value_words = padded_keys * words, padded_keys // in_word * padded_columns
     blocks = -(-tokens // QUERIES)
-    scratch_words = QUERIES * (words + padded_keys + padded_keys // in_word + padded_columns)
+    scratch_words = QUERIES * (padded_keys + padded_keys // in_word + padded_columns)
     all_heads = [(i, j) for i in range(batch) for j in range(heads)]
     most = max(1, HEADS_BYTES // (4 * (key_words + value_words)))
 
     for first in range(0, len(all_heads), most):
         some = all_heads[first : first + most]
-        laid_out = tile(len(some) * (key_words + value_words), torch.int32, "tokens").view(len(some), -1)
+        laid_out = tile(len(some) * (key_words + value_words), torch.int32, "heads").view(len(some), -1)
 
         def lay_out(start: int, stop: int, some=some, laid_out=laid_out) -> None:
             for (i, j), to in zip(some[start:stop], laid_out[start:stop], strict=True):

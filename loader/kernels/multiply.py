@@ -20,13 +20,13 @@ from .tiles import in_tiles, tile
 NAMES = {torch.float32: "multiply", torch.bfloat16: "multiply_bf16"}
 
 # As in multiply.c: most rows of a group; words of a part of the columns, and of a row that are dequantized at a time;
-# tokens of a panel. A panel of rows is of 24 or 48.
+# tokens that are multiplied at a time. A panel of rows is of 24 or 48.
 GROUPS = {torch.float32: 384, torch.bfloat16: 192}
 DEPTHS, CHUNK = {torch.float32: 256, torch.bfloat16: 1536}, 256
 SIDE, PANEL = 8, 48
 
 TILE_ROWS = 384  # that a thread takes at a time
-TOKENS_BYTES = 32 * 2**20  # of tokens that all threads multiply with a weight before it is dequantized anew for others
+TOKENS = 2048  # most that are multiplied with a weight before it is dequantized anew for others
 
 
 def multiplies(input: torch.Tensor) -> bool:
@@ -51,21 +51,12 @@ def multiply(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, o
         packed: ``(rows, row_bytes) uint8``, rows contiguous.
         out: ``(tokens, rows)`` of ``input``'s dtype, tokens contiguous.
     """
-    lay_out = native.function("lay_out.c", "lay_out_tokens")
-    words = input.shape[1] * input.element_size() // 4
-    most = max(1, TOKENS_BYTES // (4 * words * SIDE)) * SIDE
-    for part, out_part in zip(input.split(most), out.split(most), strict=True):
-        tokens = tile(-(-len(part) // SIDE) * SIDE * words, torch.int32, "tokens").view(-1, words)
-
-        def lay_out_tokens(start: int, stop: int, part=part, tokens=tokens) -> None:
-            some = part[start:stop]
-            lay_out(some.data_ptr(), some.stride(0) * some.element_size(), len(some), words, tokens[start].data_ptr())
-
-        in_tiles(lay_out_tokens, len(part), SIDE * SIDE, SIDE)
-        _multiply_with(tokens, packed, quant_type, out_part)
+    parts = -(-len(input) // TOKENS)
+    for some, to in zip(input.tensor_split(parts), out.tensor_split(parts), strict=True):
+        _multiply_with(some, packed, quant_type, to)
 
 
-def _multiply_with(tokens: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, out: torch.Tensor) -> None:
+def _multiply_with(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, out: torch.Tensor) -> None:
     dtype, columns = out.dtype, quant_type.columns(packed.shape[1])
     product = _in_c(dtype)
     dequantizer, grid = dequantizer_in_c(quant_type, dtype) or (None, None)
@@ -78,9 +69,10 @@ def _multiply_with(tokens: torch.Tensor, packed: torch.Tensor, quant_type: Quant
         if not is_dense and dequantizer is None:
             rows = tile(len(rows) * columns, dtype, "rows").view(-1, columns)
             row_dequantizer(quant_type, dtype)(packed[start:stop], rows)
-        scratch = tile(scratch_words(dtype, len(tokens)), torch.int32, "scratch")
+        scratch = tile(scratch_words(dtype, len(input)), torch.int32, "scratch")
         product(
-            *(tokens.data_ptr(), len(out), rows.data_ptr(), rows.stride(0) * rows.element_size()),
+            *(input.data_ptr(), input.stride(0) * input.element_size(), len(input)),
+            *(rows.data_ptr(), rows.stride(0) * rows.element_size()),
             *(dequantizer_address, grid_address, quant_type.type_size, quant_type.block_size),
             *(len(rows), columns, out[:, start:].data_ptr(), out.stride(0) * out.element_size(), scratch.data_ptr()),
         )
@@ -89,8 +81,8 @@ def _multiply_with(tokens: torch.Tensor, packed: torch.Tensor, quant_type: Quant
 
 
 def scratch_words(dtype: torch.dtype, tokens: int) -> int:
-    """The size of what a thread writes to meanwhile, with the tokens in whole panels."""
-    return SIDE * CHUNK + GROUPS[dtype] * (DEPTHS[dtype] + tokens)
+    """The size of what a thread writes to meanwhile."""
+    return SIDE * CHUNK + GROUPS[dtype] * (DEPTHS[dtype] + -(-tokens // SIDE) * SIDE)
 
 
 def _in_c(dtype: torch.dtype) -> native.Function | None:

@@ -36,8 +36,9 @@ INT8_ROWS = (
 # The addresses of int32 sums, of what is written, of the scales of tokens and of rows; tokens, rows, and how many
 # numbers the tokens are apart in what is written.
 INT8_SUMS = (_ADDRESS, _ADDRESS, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER, _NUMBER)
-# The address of tokens, how many bytes they are apart, their number, words of each, and the address of what is written.
-TOKENS = (_ADDRESS, _NUMBER, _NUMBER, _NUMBER, _ADDRESS)
+# The address of keys or values, how many bytes they are apart, their number, words or columns of each, and the address
+# of what is written.
+LAID_OUT = (_ADDRESS, _NUMBER, _NUMBER, _NUMBER, _ADDRESS)
 # As attention.c has them.
 ATTENTION = (
     *(_ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER),
@@ -45,7 +46,7 @@ ATTENTION = (
 )
 # As multiply.c has them.
 PRODUCT = (
-    *(_ADDRESS, _NUMBER, _ADDRESS, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER),
+    *(_ADDRESS, _NUMBER, _NUMBER, _ADDRESS, _NUMBER, _ADDRESS, _ADDRESS, _NUMBER, _NUMBER),
     *(_NUMBER, _NUMBER, _ADDRESS, _NUMBER, _ADDRESS),
 )
 
@@ -58,7 +59,7 @@ SOURCES = {
     "dequantize_values.c": BLOCKS,
     "int8.c": INT8_ROWS,
     "int8_sums.c": INT8_SUMS,
-    "lay_out.c": TOKENS,
+    "lay_out.c": LAID_OUT,
     "multiply.c": PRODUCT,
     "quantize_iq4.c": ROWS,
     "quantize_k.c": ROWS,

@@ -14,7 +14,7 @@
 #include "panels.h"
 
 #if defined(LANES)
-enum { QUERIES = 32 }; /* at a time: whole panels of tokens */
+enum { QUERIES = 32 }; /* at a time: whole SIDEs */
 enum { DEPTH = 256 };  /* words of a part of the keys */
 
 typedef float Eight __attribute__((vector_size(32)));
@@ -45,21 +45,17 @@ INLINE Eight eight_at(const float *at) {
     return x;
 }
 
-/* a panel of keys' scores of 8 queries as their probabilities, whose sums are added to; as words for multiply_panel */
-INLINE void exponentials(const float *scores, const float *most, float scale, Eight *sums, int32_t *restrict out,
-                         int bfloat16) {
-    _Alignas(64) float probabilities[SIDE * PANEL];
-    for (int i = 0; i < SIDE; i++) {
-        for (int j = 0; j < PANEL; j += 8) {
-            const Eight x = exponential((eight_at(scores + i * PANEL + j) - most[i]) * scale);
-            sums[i] += x;
-            memcpy(probabilities + i * PANEL + j, &x, sizeof x);
-        }
+/* a panel of keys' scores of a query as their probabilities, whose sums are added to */
+INLINE Eight exponentials(const float *scores, float most, float scale, Eight sums, uint8_t *restrict out,
+                          int bfloat16) {
+    float probabilities[PANEL];
+    for (int j = 0; j < PANEL; j += 8) {
+        const Eight x = exponential((eight_at(scores + j) - most) * scale);
+        sums += x;
+        memcpy(probabilities + j, &x, sizeof x);
     }
-    for (int i = 0; bfloat16 && i < SIDE; i++) {
-        write_sums(probabilities + i * PANEL, PANEL, (uint8_t *)(probabilities + i * PANEL), bfloat16);
-    }
-    rows_as_columns((const uint8_t *)probabilities, 4 * PANEL, SIDE, bfloat16 ? PANEL / 2 : PANEL, out, SIDE);
+    write_sums(probabilities, PANEL, out, bfloat16);
+    return sums;
 }
 
 INLINE Eight larger(Eight x, Eight y) {
@@ -84,42 +80,35 @@ INLINE void attend_to(const uint8_t *queries, int64_t apart, int64_t n, const in
                       int bfloat16) {
     const int64_t in_word = bfloat16 ? 2 : 1, words = columns / in_word, panels = panels_of(n_keys);
     const int64_t key_words = panels * PANEL / in_word, value_panels = panels_of(columns);
-    int32_t *tokens = scratch, *probabilities = tokens + QUERIES * words;
+    int32_t *probabilities = scratch;
     float *scores = (float *)(probabilities + QUERIES * key_words), *sums = scores + QUERIES * panels * PANEL;
     for (int64_t start = 0; start < n; start += QUERIES) {
         const int64_t here = least(n - start, QUERIES);
-        for (int64_t i = 0; i < here; i += SIDE) {
-            rows_as_columns(queries + (start + i) * apart, apart, here - i, words, tokens + i * words, SIDE);
-        }
         for (int64_t panel = 0; panel < panels; panel++) {
             for (int64_t i = 0; i < here; i += SIDE) {
-                multiply_panel(SIDE, VECTORS, tokens + i * words, keys + panel * PANEL * words, words,
-                               scores + (i * panels + panel * SIDE) * PANEL, 0, bfloat16);
+                multiply_panel(least(here - i, SIDE), VECTORS, queries + (start + i) * apart, apart,
+                               keys + panel * PANEL * words, words, scores + (i * panels + panel * SIDE) * PANEL, 0,
+                               bfloat16);
             }
         }
         float totals[QUERIES];
-        for (int64_t i = 0; i < here; i += SIDE) {
-            float *of_group = scores + i * panels * PANEL, most[SIDE];
-            for (int j = 0; j < SIDE; j++) {
-                for (int64_t key = n_keys; key < panels * PANEL; key++) { /* there are no such keys */
-                    of_group[key / PANEL * SIDE * PANEL + j * PANEL + key % PANEL] = -__builtin_inff();
-                }
-                Eight x = eight_at(of_group + j * PANEL);
-                for (int64_t panel = 0; panel < panels; panel++) {
-                    for (int k = 0; k < PANEL; k += 8) {
-                        x = larger(x, eight_at(of_group + panel * SIDE * PANEL + j * PANEL + k));
-                    }
-                }
-                most[j] = largest(x);
+        for (int64_t i = 0; i < here; i++) {
+            float *of_query = scores + (i / SIDE * panels * SIDE + i % SIDE) * PANEL; /* then those of SIDE panels on */
+            for (int64_t key = n_keys; key < panels * PANEL; key++) {                 /* there are no such keys */
+                of_query[key / PANEL * SIDE * PANEL + key % PANEL] = -__builtin_inff();
             }
-            Eight sum[SIDE] = {{0}};
+            Eight most = eight_at(of_query), sum = {0};
             for (int64_t panel = 0; panel < panels; panel++) {
-                exponentials(of_group + panel * SIDE * PANEL, most, scale, sum,
-                             probabilities + i * key_words + panel * PANEL * SIDE / in_word, bfloat16);
+                for (int k = 0; k < PANEL; k += 8) {
+                    most = larger(most, eight_at(of_query + panel * SIDE * PANEL + k));
+                }
             }
-            for (int j = 0; j < SIDE; j++) {
-                totals[i + j] = sum_of(sum[j]);
+            const float most_of_all = largest(most);
+            for (int64_t panel = 0; panel < panels; panel++) {
+                sum = exponentials(of_query + panel * SIDE * PANEL, most_of_all, scale, sum,
+                                   (uint8_t *)(probabilities + i * key_words + panel * PANEL / in_word), bfloat16);
             }
+            totals[i] = sum_of(sum);
         }
         for (int64_t first = 0; first < key_words; first += DEPTH) {
             const int64_t part = least(key_words - first, DEPTH);
@@ -127,14 +116,15 @@ INLINE void attend_to(const uint8_t *queries, int64_t apart, int64_t n, const in
                 const int32_t *rows = values + (panel * key_words + first) * PANEL;
                 const int64_t left = columns - panel * PANEL;
                 for (int64_t i = 0; i < here; i += SIDE) {
-                    const int32_t *x = probabilities + i * key_words + first * SIDE;
+                    const uint8_t *x = (const uint8_t *)(probabilities + i * key_words + first);
+                    const int64_t few = least(here - i, SIDE);
                     float *to = sums + (i * value_panels + panel * SIDE) * PANEL;
                     if (left > 2 * LANES) {
-                        multiply_panel(SIDE, 3, x, rows, part, to, first > 0, bfloat16);
+                        multiply_panel(few, 3, x, 4 * key_words, rows, part, to, first > 0, bfloat16);
                     } else if (left > LANES) {
-                        multiply_panel(SIDE, 2, x, rows, part, to, first > 0, bfloat16);
+                        multiply_panel(few, 2, x, 4 * key_words, rows, part, to, first > 0, bfloat16);
                     } else {
-                        multiply_panel(SIDE, 1, x, rows, part, to, first > 0, bfloat16);
+                        multiply_panel(few, 1, x, 4 * key_words, rows, part, to, first > 0, bfloat16);
                     }
                 }
             }
@@ -157,7 +147,7 @@ INLINE void attend_to(const uint8_t *queries, int64_t apart, int64_t n, const in
  * keys, values   of so many keys, as lay_out_keys and lay_out_values make them
  * columns        of a query, a key and a value
  * out            where a query's go, out_bytes apart
- * scratch        QUERIES * (words + PANEL * (panels of keys) + the words of as many keys + PANEL * (panels of columns))
+ * scratch        QUERIES * (PANEL * (panels of keys) + the words of as many keys + PANEL * (panels of columns))
  */
 #define ATTENTION(name, bfloat16)                                                                                      \
     API void name(const uint8_t *queries, int64_t apart, int64_t n, const int32_t *keys, const int32_t *values,        \

@@ -1,24 +1,13 @@
 /*
- * What multiply.c and attention.c multiply. A word is a float32, or a pair of bfloat16.
+ * The keys and values that attention.c multiplies. A word is a float32, or a pair of bfloat16.
  */
 #include "panels.h"
 
-/*
- * Panels of SIDE tokens: a word of each, then the next of each.
- *
- * tokens   apart bytes apart
- * out      ((n + SIDE - 1) / SIDE, words, SIDE)
- */
-API void lay_out_tokens(const uint8_t *tokens, int64_t apart, int64_t n, int64_t words, int32_t *restrict out) {
-    for (int64_t token = 0; token < n; token += SIDE) {
-        rows_as_columns(tokens + token * apart, apart, n - token, words, out + token * words, SIDE);
-    }
-}
-
 #if defined(LANES)
 /*
- * Panels of PANEL keys in the same way; those that are not there are zeros.
+ * Panels of PANEL keys: a word of each, then the next of each; those that are not there are zeros.
  *
+ * keys     apart bytes apart
  * out      ((n + PANEL - 1) / PANEL, words, PANEL)
  */
 API void lay_out_keys(const uint8_t *keys, int64_t apart, int64_t n, int64_t words, int32_t *restrict out) {

@@ -52,8 +52,8 @@ INLINE void lay_out(const Rows *rows, int64_t row, int64_t n, int64_t first, int
     }
 }
 
-INLINE void multiply_rows(const int32_t *x, int64_t tokens, const Rows *rows, int64_t n, int64_t columns, uint8_t *out,
-                          int64_t out_bytes, int32_t *scratch, int bfloat16) {
+INLINE void multiply_rows(const uint8_t *x, int64_t apart, int64_t tokens, const Rows *rows, int64_t n, int64_t columns,
+                          uint8_t *out, int64_t out_bytes, int32_t *scratch, int bfloat16) {
     const int64_t in_word = bfloat16 ? 2 : 1, words = columns / in_word;
     const int64_t depth = bfloat16 ? DEPTH_BF16 : DEPTH, few = bfloat16 ? FEW_BF16 : FEW;
     const int64_t most = bfloat16 ? GROUP_BF16 : GROUP, group = bfloat16 && words <= depth ? most / 2 : most;
@@ -69,8 +69,8 @@ INLINE void multiply_rows(const int32_t *x, int64_t tokens, const Rows *rows, in
                     for (int64_t token = some; token < least(some + few, tokens); token += SIDE) {
                         const int64_t here = least(tokens - token, SIDE);
                         float *to = sums + token * group + row * SIDE;
-                        multiply_panel(here, VECTORS, x + token * words + first * SIDE, weights + row * part, part, to,
-                                       first > 0, bfloat16);
+                        multiply_panel(here, VECTORS, x + token * apart + 4 * first, apart, weights + row * part, part,
+                                       to, first > 0, bfloat16);
                         for (int64_t i = 0; first + part == words && i < here; i++) {
                             write_sums(to + i * PANEL, least(in_group - row, PANEL),
                                        out + (token + i) * out_bytes + (start + row) * 4 / in_word, bfloat16);
@@ -83,7 +83,7 @@ INLINE void multiply_rows(const int32_t *x, int64_t tokens, const Rows *rows, in
 }
 
 /*
- * x            as lay_out_tokens makes them
+ * x            so many tokens of so many columns, apart bytes apart
  * rows         n of them, row_bytes apart: dense, or packed
  * dequantizer  of packed rows, with its grid or NULL, and a block's bytes and columns, of which CHUNK words are whole
  *              blocks; or NULL
@@ -92,11 +92,11 @@ INLINE void multiply_rows(const int32_t *x, int64_t tokens, const Rows *rows, in
  *              it starts a line of the cache
  */
 #define PRODUCT(name, bfloat16)                                                                                        \
-    API void name(const int32_t *x, int64_t tokens, const uint8_t *packed, int64_t row_bytes, void *dequantizer,       \
-                  const int8_t *grid, int64_t block_bytes, int64_t block, int64_t n, int64_t columns, uint8_t *out,    \
-                  int64_t out_bytes, int32_t *scratch) {                                                               \
+    API void name(const uint8_t *x, int64_t apart, int64_t tokens, const uint8_t *packed, int64_t row_bytes,           \
+                  void *dequantizer, const int8_t *grid, int64_t block_bytes, int64_t block, int64_t n,                \
+                  int64_t columns, uint8_t *out, int64_t out_bytes, int32_t *scratch) {                                \
         const Rows rows = {packed, row_bytes, dequantizer, grid, block_bytes, block};                                  \
-        multiply_rows(x, tokens, &rows, n, columns, out, out_bytes, scratch, bfloat16);                                \
+        multiply_rows(x, apart, tokens, &rows, n, columns, out, out_bytes, scratch, bfloat16);                         \
     }
 
 PRODUCT(multiply, 0)

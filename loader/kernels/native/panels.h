@@ -1,7 +1,8 @@
 /*
- * Panels of tokens times panels of rows, in float32 or bfloat16, on one core of an x86 processor: LANES is defined where
- * there are vectors for it. The layout is one of 32-bit words, each a float32 or a pair of bfloat16, which the processor
- * multiplies and adds at once. So the same code multiplies both.
+ * Tokens, as they are, times panels of rows, in float32 or bfloat16, on one core of an x86 processor: LANES is defined
+ * where there are vectors for it. A panel has the first word of each of its rows, then the next of each. A word, of 32
+ * bits, is a float32 or a pair of bfloat16, which the processor multiplies and adds at once: so the same code multiplies
+ * both.
  *
  * A sum is taken in the order of the words, from zero on; a multiply-add is not rounded in between. So its bits depend
  * neither on the other tokens and rows, nor on how wide the vectors are.
@@ -39,10 +40,13 @@ INLINE Floats multiply_add(Floats sums, Words x, Words y, int bfloat16) {
 #endif
 }
 
-/* so many tokens of a panel times a panel's first vectors of rows; with `add`, added to the sums that are there */
-INLINE void multiply_panels(const int tokens, const int vectors, const int32_t *restrict x,
-                            const int32_t *restrict weights, int64_t words, float *restrict out, int add,
-                            int bfloat16) {
+/*
+ * So many tokens, which are `apart` bytes apart, times a panel's first vectors of rows, PANEL sums for each token. With
+ * `add` they are added to those that are there.
+ */
+INLINE void multiply_few(const int tokens, const int vectors, const uint8_t *x, int64_t apart,
+                         const int32_t *restrict weights, int64_t words, float *restrict out, int add, int bfloat16) {
+    const uint8_t *x_4 = x + (tokens > 4 ? 4 * apart : 0); /* two addresses that move, and not one for each token */
     Floats sums[TOKENS][VECTORS];
     UNROLLED
     for (int i = 0; i < tokens; i++) {
@@ -52,7 +56,7 @@ INLINE void multiply_panels(const int tokens, const int vectors, const int32_t *
             sums[i][j] = (Floats){0};
         }
     }
-    for (int64_t k = 0; k < words; k++, x += SIDE, weights += PANEL) {
+    for (int64_t k = 0; k < words; k++, x += 4, x_4 += 4, weights += PANEL) {
         Words w[VECTORS];
         UNROLLED
         for (int j = 0; j < vectors; j++) {
@@ -61,7 +65,9 @@ INLINE void multiply_panels(const int tokens, const int vectors, const int32_t *
         }
         UNROLLED
         for (int i = 0; i < tokens; i++) {
-            const Words token = x[i] - (Words){0};
+            int32_t word;
+            memcpy(&word, (i < 4 ? x : x_4) + i % 4 * apart, 4);
+            const Words token = word - (Words){0};
             UNROLLED
             for (int j = 0; j < vectors; j++) {
                 sums[i][j] = multiply_add(sums[i][j], token, w[j], bfloat16);
@@ -83,15 +89,15 @@ INLINE void multiply_panels(const int tokens, const int vectors, const int32_t *
     }
 }
 
-/* the same of a panel's first tokens, 8 or fewer */
-INLINE void multiply_panel(int64_t tokens, const int vectors, const int32_t *x, const int32_t *weights, int64_t words,
-                           float *out, int add, int bfloat16) {
+/* the same of SIDE tokens or fewer */
+INLINE void multiply_panel(int64_t tokens, const int vectors, const uint8_t *x, int64_t apart, const int32_t *weights,
+                           int64_t words, float *out, int add, int bfloat16) {
 #define CASE(n)                                                                                                        \
     case n:                                                                                                            \
-        multiply_panels(n, vectors, x, weights, words, out, add, bfloat16);                                            \
+        multiply_few(n, vectors, x, apart, weights, words, out, add, bfloat16);                                        \
         break
-    for (; tokens > TOKENS; tokens -= TOKENS, x += TOKENS, out += TOKENS * PANEL) {
-        multiply_panels(TOKENS, vectors, x, weights, words, out, add, bfloat16);
+    for (; tokens > TOKENS; tokens -= TOKENS, x += TOKENS * apart, out += TOKENS * PANEL) {
+        multiply_few(TOKENS, vectors, x, apart, weights, words, out, add, bfloat16);
     }
     switch (tokens) {
         CASE(1);

@@ -95,7 +95,7 @@ def test_heads_are_taken_in_parts(threads, dtype, monkeypatch):
     for most, bound in ((of_two, of_two), (1, of_two // 2)):  # bytes
         monkeypatch.setattr(module, "HEADS_BYTES", most)
         assert torch.equal(attention(*inputs, 0.125), whole)
-        assert bound // 2 < max(4 * n for n, _, purpose in taken if purpose == "tokens") <= bound
+        assert bound // 2 < max(4 * n for n, _, purpose in taken if purpose == "heads") <= bound
         taken.clear()
 
 

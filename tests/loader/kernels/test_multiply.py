@@ -12,6 +12,7 @@ from ...compiled import built_with, function_or_skip
 from ..quant_types.blocks import QUANTIZED
 from .test_cpu import BITS, COLUMNS, random_rows
 
+SCRATCH_WORDS = multiply.scratch_words
 EPSILONS = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of the sizes of all that is summed, or of the sum
 
 
@@ -101,13 +102,14 @@ def test_bits_do_not_depend_on_other_tokens_and_rows(threads, dtype):
             assert torch.equal(part, whole[tokens, rows])
 
 
-def test_many_tokens_are_taken_in_parts(threads, dtype, monkeypatch):
+@pytest.mark.parametrize("most", [1, 24, 69])
+def test_many_tokens_are_taken_in_parts(threads, dtype, monkeypatch, most):
     packed, x = random_rows("Q4_0"), random(70, COLUMNS, dtype)
-    whole = product(x, packed, "Q4_0")
-    monkeypatch.setattr(multiply, "TOKENS_BYTES", 24 * COLUMNS * dtype.itemsize)
+    whole, taken = product(x, packed, "Q4_0"), []
+    monkeypatch.setattr(multiply, "scratch_words", lambda *of: taken.append(of[1]) or SCRATCH_WORDS(*of))
+    monkeypatch.setattr(multiply, "TOKENS", most)
     assert torch.equal(product(x, packed, "Q4_0"), whole)
-    monkeypatch.setattr(multiply, "TOKENS_BYTES", 1)
-    assert torch.equal(product(x, packed, "Q4_0"), whole)
+    assert most / 2 <= max(taken) <= most
 
 
 def test_tokens_that_are_further_apart(dtype):
@@ -148,17 +150,14 @@ def test_bits_do_not_depend_on_the_vectors(compiler, tmp_path, monkeypatch):
 def test_nothing_is_written_beyond_the_scratch(dtype, columns):
     """Of the sizes that multiply.py takes from multiply.c, for columns in one part, and in several."""
     packed, x, rows = rows_of("Q8_0", multiply.TILE_ROWS, columns), random(24, columns, dtype), multiply.TILE_ROWS
-    words = columns * dtype.itemsize // 4
-    tokens = torch.zeros(len(x) * words, dtype=torch.int32)
-    lay_out = native.function("lay_out.c", "lay_out_tokens")
-    lay_out(x.data_ptr(), x.stride(0) * dtype.itemsize, len(x), words, tokens.data_ptr())
     used = multiply.scratch_words(dtype, len(x))
     scratch = torch.full((used + 4096,), 7, dtype=torch.int32)
     out = torch.empty(len(x), rows, dtype=dtype)
     in_c, _ = dequantizer_in_c(QUANT_TYPES["Q8_0"], dtype)
     multiply._in_c(dtype)(
-        *(tokens.data_ptr(), len(x), packed.data_ptr(), packed.shape[1], ctypes.cast(in_c, ctypes.c_void_p).value),
-        *(None, 34, 32, rows, columns, out.data_ptr(), rows * dtype.itemsize, scratch.data_ptr()),
+        *(x.data_ptr(), columns * dtype.itemsize, len(x), packed.data_ptr(), packed.shape[1]),
+        *(ctypes.cast(in_c, ctypes.c_void_p).value, None, 34, 32),
+        *(rows, columns, out.data_ptr(), rows * dtype.itemsize, scratch.data_ptr()),
     )
     assert (scratch[used:] == 7).all()
     assert columns == 768 or (scratch[used - 64 : used] != 7).any()  # and it is no larger than it must be
@@ -207,4 +206,4 @@ def test_it_takes_no_tile_of_dense_rows(threads, dtype, monkeypatch):
     )
     for name in QUANTIZED:
         cpu.linear(random(2, COLUMNS, dtype), random_rows(name), QUANT_TYPES[name], None)
-    assert set(taken) == {"tokens", "scratch"}
+    assert set(taken) == {"scratch"}

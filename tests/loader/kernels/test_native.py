@@ -17,7 +17,6 @@ FUNCTIONS = {
     "dequantize_k.c": "dequantize_q6_k_bf16",
     "quantize_k.c": "quantize_q4_k",
     "int8.c": "int8_rows",
-    "lay_out.c": "lay_out_tokens",
 }
 CACHE = "LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME"
 
