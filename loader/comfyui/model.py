@@ -17,7 +17,7 @@ from ..files.gguf_file import GGUFFile
 from ..files.matching import Match
 from ..kernels.processor import multiplies_bfloat16
 from ..weights.state_dict import log_skipped, open_checked, sizes_by_type, state_dict
-from . import attention, int8, modulation
+from . import attention, int8, mlp, modulation
 from .file_reader import readable
 from .ops import GGUFOps
 from .patcher import GGUFModelPatcher, GGUFModelPatcherDynamic, for_packed_weights
@@ -74,6 +74,7 @@ def load_model(
     _take_bare_parameters(patcher.model.diffusion_model, weights)
     patcher = for_packed_weights(patcher)
     attention.install(patcher)
+    mlp.install(patcher)
     arguments = (os.fspath(path), compute_dtype, modulation_cache, matrix_mult)
     patcher.cached_patcher_init = (functools.partial(load_model, int8_even_if_slower=int8_even_if_slower), arguments)
     name = os.path.basename(file.path)

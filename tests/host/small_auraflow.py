@@ -13,7 +13,7 @@ import comfy.model_patcher
 import comfy.supported_models
 import torch
 from auraflow_gguf.devtools.random_models import make_packed_auraflow
-from auraflow_gguf.loader.comfyui import int8, modulation
+from auraflow_gguf.loader.comfyui import int8, mlp, modulation
 from auraflow_gguf.loader.comfyui.file_reader import readable
 from auraflow_gguf.loader.comfyui.ops import GGUFOps
 from auraflow_gguf.loader.comfyui.patcher import for_packed_weights
@@ -61,6 +61,7 @@ def load_small(
     weights = readable(state_dict(file, matched, dtype), file, matched, disable_dynamic)
     patcher = for_packed_weights(small_patcher(weights, GGUFOps, dtype, disable_dynamic))
     patcher.model.manual_cast_dtype = None
+    mlp.install(patcher)
     patcher.cached_patcher_init = (load_small, (path, dtype, modulation_cache, matrix_mult))
     if matrix_mult == "int8":
         assert int8.install(patcher, dtype, even_if_slower=True) is None
