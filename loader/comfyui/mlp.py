@@ -12,7 +12,8 @@ class InPlaceMLP(MLP):
     """ComfyUI's MLP, of the same bits, without two of its four results of the hidden width.
 
     Two of them are in memory at once and not three, each of 143 MB for a 1024² picture in 16 bit, with CFG. It shares
-    the other's weights. With gradients, which need what is overwritten, it is ComfyUI's.
+    the other's weights. With gradients, which need what is overwritten, it is ComfyUI's, and so it is for
+    torch.compile, which reuses memory by itself.
     """
 
     def __init__(self, mlp: MLP):
@@ -21,7 +22,7 @@ class InPlaceMLP(MLP):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``(batch, tokens, dim)`` → the same."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
             return super().forward(x)
         hidden = functional.silu(self.c_fc1(x), inplace=True)
         hidden *= self.c_fc2(x)

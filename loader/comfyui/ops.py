@@ -113,10 +113,8 @@ class GGUFOps(manual_cast):
             taken_apart = torch.compiler.is_compiling() or (torch.is_grad_enabled() and input.requires_grad)
             if taken_apart and self._is_at_hand():
                 output = self._by_itself(input, in_int8)
-            elif taken_apart or in_int8:
-                output = self._cast(input, int8_linear if in_int8 else linear)
             else:
-                output = super().forward_comfy_cast_weights(input)
+                output = self._cast(input, int8_linear if in_int8 else linear)
             return output if self.low_rank is None else self.low_rank.add_to(output, input)
 
         def _is_at_hand(self):
@@ -136,9 +134,10 @@ class GGUFOps(manual_cast):
 
         def _cast(self, input, product):
             weight, bias, stream = cast_bias_weight(self, input, offloadable=True)
-            output = product(input, weight, bias)
-            uncast_bias_weight(self, weight, bias, stream)
-            return output
+            try:
+                return product(input, weight, bias)
+            finally:
+                uncast_bias_weight(self, weight, bias, stream)
 
     class Embedding(_FromFile, manual_cast.Embedding):
         """An embedding that dequantizes the rows that it looks up, and no others, unless it is patched."""

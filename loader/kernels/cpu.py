@@ -28,7 +28,7 @@ ALL_PRODUCT_TILES_BYTES = 128 * 2**20  # of all threads that work for a caller
 
 PAGE, CACHE_LINE = 4096, 64  # bytes
 
-MANY_TOKENS = 64  # that pay for laying out a weight that need not be dequantized
+MANY = 64  # tokens, rows and columns that pay for laying out a weight that need not be dequantized
 
 LOW_RANK_ROWS = 256  # of input that a thread takes at a time beside a weight
 
@@ -46,7 +46,7 @@ def linear(input: torch.Tensor, packed: torch.Tensor, quant_type: QuantType, bia
     """
     x, rows = input.reshape(-1, input.shape[-1]), packed.shape[0]
     is_dense = STORED_DTYPES.get(quant_type.name) == input.dtype
-    in_our_c = multiply.multiplies(x) and (len(x) >= MANY_TOKENS or not is_dense)
+    in_our_c = multiply.multiplies(x) and (not is_dense or min(len(x), rows, x.shape[1]) >= MANY)
     if is_dense and not in_our_c:
         return torch.nn.functional.linear(input, packed.view(input.dtype), bias)
     product = input.new_empty(*input.shape[:-1], rows) if is_dense else new_product(input, rows)

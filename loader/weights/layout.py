@@ -19,7 +19,7 @@ import torch
 from comfy_kitchen.tensor import QuantizedLayout, QuantizedTensor, register_layout_class, register_layout_op
 from comfy_kitchen.tensor.base import BaseLayoutParams
 
-from ..kernels import dequantize, packed_linear
+from ..kernels import dense_linear, dequantize, packed_linear
 from ..quant_types import QUANT_TYPES
 
 LAYOUT_NAME = "AuraFlowGGUFLayout"
@@ -86,7 +86,7 @@ def _look_up(weight: QuantizedTensor, indices: torch.Tensor, *options) -> torch.
 def linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """``input @ weight.T + bias`` of a weight that may be packed or dense."""
     if not is_packed(weight):
-        return torch.nn.functional.linear(input, weight, bias)
+        return dense_linear(input, weight, bias)
     return packed_linear(input, weight._qdata, QUANT_TYPES[weight._params.quant_type], bias)
 
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from auraflow_gguf.loader.comfyui.model import load_model
+from auraflow_gguf.loader.kernels import multiply, processor
 from auraflow_gguf.loader.weights.layout import is_packed
 
+from ..compiled import function_or_skip
 from .aura_files import load_dense, make_gguf, respell
 from .sampling import QUICK, relative_error, sample
 from .small_auraflow import load_small, small_dense_twin, small_gguf
@@ -37,6 +39,20 @@ def test_16_bit_weights_may_stay_packed():
     packed = load_small(path)
     assert is_packed(packed.model.diffusion_model.single_layers[0].attn.w1q.weight)
     assert relative_error(sample(packed, **QUICK), sample(small_dense_twin(path), **QUICK)) < 1e-5
+
+
+def test_16_bit_weights_are_multiplied_in_our_own_c_too(monkeypatch):
+    function_or_skip("multiply.c", multiply.NAMES[torch.bfloat16])
+    model, settings = load_small(small_gguf("BF16"), torch.bfloat16), {"steps": 2, "size": 16, "tokens": 9}
+    assert not is_packed(model.model.diffusion_model.single_layers[0].attn.w1q.weight)
+    products, multiply_in_c = [], multiply.multiply
+    monkeypatch.setattr(multiply, "multiply", lambda *to: products.append(to[0].shape) or multiply_in_c(*to))
+    monkeypatch.setattr(processor, "made_by_amd", lambda: False)
+    expected = sample(model, **settings)
+    assert products == []
+    monkeypatch.setattr(processor, "made_by_amd", lambda: True)
+    assert relative_error(sample(model, **settings), expected) < 1e-2
+    assert len(products) >= 2 * 20
 
 
 def contents(model) -> dict[str, torch.Tensor]:

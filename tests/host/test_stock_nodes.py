@@ -131,7 +131,7 @@ BLOCKS = ["diffusion_model.double_layers.0", "diffusion_model.single_layers.0"]
 @pytest.mark.parametrize("keys", [WHOLE, BLOCKS], ids=["whole", "blocks"])
 def test_compiled_once_for_all_sizes(packed, keys):
     """What TorchCompileModel does, over a LoRA, with a backend that needs no compiler: in one graph for each module,
-    of whatever size after the second, with the products and their bits unchanged."""
+    of whatever size after the second. A LoRA's products are MKL's, whose bits depend on how many threads share them."""
     plain = patched(packed, lora).clone(disable_dynamic=True)
     compiled = plain.clone()
     torch._dynamo.reset()
@@ -141,7 +141,7 @@ def test_compiled_once_for_all_sizes(packed, keys):
     with loaded(compiled, "full"):
         for size in (4, 6, 10, 8):
             expected = forward(plain, size=size, options=options | {"wrappers": {}})
-            assert torch.equal(forward(compiled, size=size, options=options), expected)
+            assert relative_error(forward(compiled, size=size, options=options), expected) < 1e-6
     assert not torch._dynamo.utils.counters["graph_break"]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2 * len(keys)
 

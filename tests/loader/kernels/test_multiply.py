@@ -4,7 +4,7 @@ import ctypes
 
 import pytest
 import torch
-from auraflow_gguf.loader.kernels import cpu, multiply, native, packed_linear, processor, tiles
+from auraflow_gguf.loader.kernels import cpu, dense_linear, multiply, native, packed_linear, processor, tiles
 from auraflow_gguf.loader.kernels.dequantizers import dequantizer_in_c, row_dequantizer
 from auraflow_gguf.loader.quant_types import QUANT_TYPES
 
@@ -176,6 +176,42 @@ def test_linear(threads, dtype, name, shape):
     torch.testing.assert_close(out, torch.nn.functional.linear(x, dense, bias), **near)
     arguments = (x, packed, name, bias)
     torch.library.opcheck(torch.ops.auraflow_gguf.linear.default, arguments, test_utils="test_faketensor")
+
+
+@pytest.fixture
+def taken(monkeypatch) -> list[tuple[int, int]]:
+    """The tokens and rows of each product that is made in C."""
+    sizes, make = [], multiply.multiply
+    monkeypatch.setattr(
+        multiply, "multiply", lambda x, rows, *to: sizes.append((len(x), len(rows))) or make(x, rows, *to)
+    )
+    return sizes
+
+
+@pytest.mark.usefixtures("ours")
+@pytest.mark.parametrize("bias", [False, True])
+def test_dense_linear(threads, dtype, taken, bias):
+    x, weight, bias = random(80, 96, dtype), random(100, 96, dtype, seed=1), random(1, 100, dtype)[0] if bias else None
+    with torch.no_grad():
+        out = dense_linear(x.view(2, 40, 96), weight, bias)
+    assert taken == [(80, 100)]
+    expected = torch.nn.functional.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    assert (out.view(80, 100).double() - expected).norm() < (1e-6 if dtype == torch.float32 else 4e-3) * expected.norm()
+
+
+@pytest.mark.usefixtures("ours")
+def test_which_dense_linears_are_left_to_torch(dtype, taken):
+    x, weight = random(80, 96, dtype), random(100, 96, dtype, seed=1)
+    few_columns = slice(0, 48)
+    with torch.no_grad():
+        for input, rows in (
+            *((x[:63], weight), (x, weight[:63]), (x[:, few_columns], weight[:, few_columns].contiguous())),
+            *((x, weight.t().contiguous().t()), (x.half(), weight.half())),
+        ):
+            assert torch.equal(dense_linear(input, rows), torch.nn.functional.linear(input, rows))
+    dense_linear(x, weight.clone().requires_grad_()).sum().backward()
+    dense_linear(x.clone().requires_grad_(), weight).sum().backward()
+    assert taken == []
 
 
 def test_only_on_amds_processors(monkeypatch):
