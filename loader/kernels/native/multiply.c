@@ -29,6 +29,21 @@ typedef struct {
     int64_t block_bytes, block;
 } Rows;
 
+/*
+ * So many bytes of each of n packed rows, dequantized. Those that come next, so many bytes further on, are asked for
+ * meanwhile: they are too few at a time for the processor to foresee them, and to wait for them takes as long as to
+ * dequantize them.
+ */
+INLINE void dequantize_rows(const Rows *rows, const uint8_t *packed, int64_t n, int64_t bytes, int64_t next,
+                            int32_t *restrict dense) {
+    for (int64_t i = 0; i < n; i++, packed += rows->row_bytes) {
+        for (int64_t byte = 0; byte < bytes; byte += 64) {
+            __builtin_prefetch(packed + next + byte);
+        }
+        dequantize_with(rows->dequantizer, rows->grid, packed, dense + i * CHUNK, bytes / rows->block_bytes);
+    }
+}
+
 /* rows from the given one on as panels, so many words of each from the first on; `dense` is for SIDE * CHUNK words */
 INLINE void lay_out(const Rows *rows, int64_t row, int64_t n, int64_t first, int64_t words, int32_t *restrict dense,
                     int32_t *restrict out, int64_t in_word) {
@@ -36,17 +51,17 @@ INLINE void lay_out(const Rows *rows, int64_t row, int64_t n, int64_t first, int
         const int64_t here = n - i < 0 ? 0 : least(n - i, SIDE);
         const uint8_t *packed = rows->packed + (row + i) * rows->row_bytes;
         for (int64_t k = 0; k < words; k += CHUNK) {
-            const int64_t chunk = least(words - k, CHUNK), column = (first + k) * in_word;
+            const int64_t chunk = least(words - k, CHUNK);
             int32_t *to = out + i / PANEL * PANEL * words + i % PANEL + k * PANEL;
             if (!rows->dequantizer) {
                 rows_as_columns(packed + 4 * (first + k), rows->row_bytes, here, chunk, to, PANEL);
                 continue;
             }
-            for (int64_t j = 0; j < here; j++) {
-                dequantize_with(rows->dequantizer, rows->grid,
-                                packed + j * rows->row_bytes + column / rows->block * rows->block_bytes,
-                                dense + j * CHUNK, chunk * in_word / rows->block);
-            }
+            const int64_t start = first * in_word / rows->block * rows->block_bytes;
+            const int64_t done = k * in_word / rows->block * rows->block_bytes;
+            const int64_t bytes = chunk * in_word / rows->block * rows->block_bytes;
+            const int64_t next = k + chunk < words ? bytes : SIDE * rows->row_bytes - done;
+            dequantize_rows(rows, packed + start + done, here, bytes, next, dense);
             rows_as_columns((const uint8_t *)dense, 4 * CHUNK, here, chunk, to, PANEL);
         }
     }
