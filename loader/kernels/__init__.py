@@ -15,7 +15,7 @@ import torch
 from ..quant_types import QUANT_TYPES, STORED_DTYPES, QuantType
 from . import cpu, gpu
 
-_NAMES = {dtype: name for name, dtype in STORED_DTYPES.items()}
+_STORED_TYPES = {dtype: name for name, dtype in STORED_DTYPES.items()}
 
 
 def packed_linear(
@@ -40,8 +40,17 @@ def packed_linear(
 
 
 def dense_linear(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """``input @ weight.T + bias`` of a dense weight: torch's, or by our own C on a CPU where that is faster."""
-    name = _NAMES.get(weight.dtype) if weight.dtype == input.dtype and weight.is_contiguous() else None
+    """``input @ weight.T + bias`` of a dense weight: torch's, or by our own C on a CPU where that is faster.
+
+    Args:
+        input: ``(…, in_features)``.
+        weight: ``(out_features, in_features)``.
+        bias: ``(out_features,)`` or None.
+
+    Returns:
+        ``(…, out_features)`` in ``input``'s dtype.
+    """
+    name = _STORED_TYPES.get(weight.dtype) if weight.dtype == input.dtype and weight.is_contiguous() else None
     if name is None or torch.is_grad_enabled() or not input.device.type == weight.device.type == "cpu":
         return torch.nn.functional.linear(input, weight, bias)
     return packed_linear(input, weight.view(torch.uint8), QUANT_TYPES[name], bias)

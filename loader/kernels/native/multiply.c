@@ -17,7 +17,7 @@
 #if defined(LANES)
 enum { CHUNK = 256 }; /* words of a row that are dequantized at a time */
 
-/* most rows of a group, words of a part of the columns, and few tokens: whole panels, chunks, and panels */
+/* most rows of a group, words of a part of the columns, and few tokens: whole panels, chunks, and SIDEs */
 enum { GROUP = 384, DEPTH = CHUNK, FEW = 64 };
 enum { GROUP_BF16 = 192, DEPTH_BF16 = 6 * CHUNK, FEW_BF16 = SIDE };
 
@@ -103,7 +103,7 @@ INLINE void multiply_rows(const uint8_t *x, int64_t apart, int64_t tokens, const
  * dequantizer  of packed rows, with its grid or NULL, and a block's bytes and columns, of which CHUNK words are whole
  *              blocks; or NULL
  * out          where the sums of the rows go, out_bytes apart for each token
- * scratch      SIDE * CHUNK + GROUP * (DEPTH + tokens) words, with the tokens in whole panels, or the same of bfloat16's;
+ * scratch      SIDE * CHUNK + GROUP * (DEPTH + tokens) words, with the tokens in whole SIDEs, or the same of bfloat16's;
  *              it starts a line of the cache
  */
 #define PRODUCT(name, bfloat16)                                                                                        \

@@ -12,7 +12,6 @@ from ...compiled import built_with, function_or_skip
 from ..quant_types.blocks import QUANTIZED
 from .test_cpu import BITS, COLUMNS, random_rows
 
-SCRATCH_WORDS = multiply.scratch_words
 EPSILONS = {torch.float32: 2e-6, torch.bfloat16: 4e-3}  # of the sizes of all that is summed, or of the sum
 
 
@@ -105,8 +104,8 @@ def test_bits_do_not_depend_on_other_tokens_and_rows(threads, dtype):
 @pytest.mark.parametrize("most", [1, 24, 69])
 def test_many_tokens_are_taken_in_parts(threads, dtype, monkeypatch, most):
     packed, x = random_rows("Q4_0"), random(70, COLUMNS, dtype)
-    whole, taken = product(x, packed, "Q4_0"), []
-    monkeypatch.setattr(multiply, "scratch_words", lambda *of: taken.append(of[1]) or SCRATCH_WORDS(*of))
+    whole, taken, scratch_words = product(x, packed, "Q4_0"), [], multiply.scratch_words
+    monkeypatch.setattr(multiply, "scratch_words", lambda *of: taken.append(of[1]) or scratch_words(*of))
     monkeypatch.setattr(multiply, "TOKENS", most)
     assert torch.equal(product(x, packed, "Q4_0"), whole)
     assert most / 2 <= max(taken) <= most
