@@ -169,7 +169,7 @@ def test_torchs_threads_suffice_and_its_factorizations_still_work(whose):
     subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, whose], cwd=ROOT, check=True)
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork, which Windows has not")
 @pytest.mark.parametrize("threads", [3], indirect=True)
 @pytest.mark.parametrize("whose", SEVERAL, indirect=True)
 def test_a_forked_process_has_threads_of_its_own(whose, threads):
